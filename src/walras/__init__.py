@@ -1,0 +1,1 @@
+"""Walras: prices for agentic AI platforms."""

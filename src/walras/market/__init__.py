@@ -1,0 +1,1 @@
+"""Price discovery: from constraints to multipliers, with certificates."""
