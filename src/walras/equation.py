@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from walras.errors import QuantityError
-from walras.prices import Constraint, Numeraire, Prices
+from walras.prices import Constraint, Layer, Numeraire, Prices
 from walras.quantities import USD, IntArray, Tasks, Uses
 from walras.risk import FloatArray
 
@@ -37,7 +38,7 @@ class Charge:
         rows = None if members is None else np.flatnonzero(members)
         if rows is not None:
             tasks, uses = tasks.take(rows), uses.take(rows)
-        per_use = constraint.charge(tasks, uses)
+        per_use = constraint.charge(uses)
         # What is not allowed may be unknown (NaN); nobody pays for it.
         return cls(per_use if uses.allowed.all() else np.where(uses.allowed, per_use, 0.0), rows)
 
@@ -68,7 +69,9 @@ def surplus(
     return np.where(uses.allowed, worth, -np.inf)
 
 
-def after_charges(worth: FloatArray, charges: Sequence[Charge], multipliers: Sequence[float] | FloatArray) -> FloatArray:
+def after_charges(
+    worth: FloatArray, charges: Sequence[Charge], multipliers: Sequence[float] | FloatArray
+) -> FloatArray:
     """`worth` − Σ_k μ_k · charge_k, (N, I): what is left once each constraint has been paid."""
     left = worth.copy()
     for charge, mu in zip(charges, multipliers, strict=True):
@@ -87,6 +90,39 @@ def net_value(tasks: Tasks, uses: Uses, prices: Prices) -> FloatArray:
     charges = [Charge.of(p.constraint, tasks, uses) for p in prices.discovered]
     priced: FloatArray = after_charges(worth, charges, [p.multiplier for p in prices.discovered])
     return priced / prices.unit
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The four terms of [Z-1] for each use, (N, I), in USD: net value = value − compute − latency − risk."""
+
+    value: FloatArray
+    """V·ΔQ."""
+    compute: FloatArray
+    """π_C·ΔC, with every other resource at its price."""
+    latency: FloatArray
+    """π_L·ΔL: own delay at λ₀, and what SLAs charge."""
+    risk: FloatArray
+    """π_R·ΔR and ρ_irr·ΔR_irr."""
+
+
+def terms(tasks: Tasks, uses: Uses, prices: Prices) -> Terms:
+    """[Z-1] taken apart: what each use is worth and what it pays under each price. Same sum as `net_value`."""
+    own: dict[Layer, FloatArray] = {
+        "compute": np.zeros(uses.shape),
+        "latency": np.zeros(uses.shape),
+        "risk": np.zeros(uses.shape),
+    }
+    if prices.numeraire == "usd":
+        for resource, usd in prices.declared:
+            own["compute"] = own["compute"] + usd * uses.amount(resource)
+        own["latency"] = tasks.latency_price[:, None] * uses.seconds
+        own["risk"] = tasks.risk_price[:, None] * uses.risk
+        own["risk"] = own["risk"] + tasks.irreversible_price[:, None] * uses.irreversible_risk
+    for price in prices.discovered:
+        charge, layer = Charge.of(price.constraint, tasks, uses), price.constraint.layer
+        own[layer] = -after_charges(-own[layer], [charge], [price.multiplier])
+    return Terms(tasks.value[:, None] * uses.quality, own["compute"], own["latency"], own["risk"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +175,13 @@ def marginal_values(totals: FloatArray) -> FloatArray:
         for k in range(1, n + 1):
             if not np.isfinite(points[k]):
                 continue
-            while len(corners) > 1 and _slope(points, corners[-1], k) >= _slope(points, corners[-2], corners[-1]):
+            while len(corners) > 1 and _slope(points, corners[-1], k) >= _slope(
+                points, corners[-2], corners[-1]
+            ):
                 corners.pop()
             corners.append(k)
         slopes = np.full(n, -np.inf)
-        for a, b in zip(corners, corners[1:], strict=False):
+        for a, b in pairwise(corners):
             slopes[a:b] = _slope(points, a, b)
         out[row] = slopes
     return out

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from walras.errors import NumeraireError, QuantityError, SettingsError
-from walras.quantities import USD, BoolArray, Tasks, Uses
+from walras.quantities import USD, BoolArray, Labels, Tasks, Uses
 from walras.risk import CVaR, Expectation, FloatArray, MaxMin, RiskMeasure
 
 Kind = Literal["budget", "mean_sla", "quantile_sla", "risk_envelope", "portfolio_envelope"]
@@ -46,9 +46,9 @@ class Scope:
         """Which tasks it covers, (N,); None when it covers all."""
         masks: list[BoolArray] = []
         if self.tenant is not None:
-            masks.append(_labelled(tasks.tenant, self.tenant, "tenant", len(tasks)))
+            masks.append(_labelled(tasks.tenant, self.tenant, "tenant"))
         if self.task_class is not None:
-            masks.append(_labelled(tasks.task_class, self.task_class, "class", len(tasks)))
+            masks.append(_labelled(tasks.task_class, self.task_class, "class"))
         if self.window is not None:
             if tasks.time is None:
                 raise SettingsError(f"{self}: a time window needs tasks with a time column")
@@ -63,11 +63,10 @@ class Scope:
         return ", ".join(p for p in parts if p) or "all"
 
 
-def _labelled(labels: Any, name: str, what: str, n: int) -> BoolArray:
+def _labelled(labels: Labels | None, name: str, what: str) -> BoolArray:
     if labels is None:
         raise SettingsError(f"a constraint names {what} '{name}', but the records have no {what}")
-    mask: BoolArray = labels.equal(name)
-    return mask
+    return labels.equal(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,7 @@ class Constraint:
     - ``budget``: at most `bound` units of `resource` per task.
     - ``mean_sla``: mean seconds over *served* tasks at most `bound`; charge = seconds − bound, limit 0.
     - ``quantile_sla``: share of served tasks later than `seconds` at most 1 − `quantile`;
-      charge = 1[seconds_xi > seconds] − (1 − quantile), limit 0; `bound` is the quantile's 1 − q.
+      charge = P(seconds_xi > seconds) − (1 − quantile), limit 0; `bound` is the quantile's 1 − q.
     - ``risk_envelope``: mean risk per task at most `bound` (each use's own risk measure: conservative for CVaR).
     - ``portfolio_envelope``: `measure` of the whole portfolio's mean loss at most `bound`
       (Rockafellar–Uryasev for CVaR); charge = Σ_s density_s · loss_xis, the density found with the price.
@@ -99,7 +98,9 @@ class Constraint:
         if not np.isfinite(self.bound) or self.bound < 0:
             raise SettingsError(f"the bound must be finite and ≥ 0, got {self.bound}", key=self.name)
         if self.kind == "quantile_sla" and not (0 < self.bound < 1 and self.seconds > 0):
-            raise SettingsError("a quantile SLA needs seconds > 0 and a quantile inside (0, 1)", key=self.name)
+            raise SettingsError(
+                "a quantile SLA needs seconds > 0 and a quantile inside (0, 1)", key=self.name
+            )
         if self.kind == "portfolio_envelope" and self.measure is None:
             raise SettingsError("a portfolio envelope needs a risk measure", key=self.name)
 
@@ -132,7 +133,7 @@ class Constraint:
         }[self.kind]
         return what if self.scope == Scope() else f"{what} ({self.scope})"
 
-    def charge(self, tasks: Tasks, uses: Uses) -> FloatArray:
+    def charge(self, uses: Uses) -> FloatArray:
         """What one unit of each use takes out of the constraint, (N, I), before the scope is applied."""
         match self.kind:
             case "budget":
@@ -140,7 +141,7 @@ class Constraint:
             case "mean_sla":
                 return uses.seconds - self.bound
             case "quantile_sla":
-                return (uses.seconds > self.seconds) - self.bound
+                return uses.late_share(self.seconds) - self.bound
             case "risk_envelope":
                 return uses.risk
             case "portfolio_envelope":
@@ -175,7 +176,9 @@ class Price:
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.multiplier) or self.multiplier < 0:
-            raise QuantityError(f"price of '{self.constraint.name}' is {self.multiplier}; it must be finite and ≥ 0")
+            raise QuantityError(
+                f"price of '{self.constraint.name}' is {self.multiplier}; it must be finite and ≥ 0"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +263,9 @@ def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
 def _price(data: dict[str, Any]) -> Price:
     row = dict(data["constraint"])
     window = row["scope"]["window"]
-    row["scope"] = Scope(row["scope"]["tenant"], row["scope"]["task_class"], window and (window[0], window[1]))
+    row["scope"] = Scope(
+        row["scope"]["tenant"], row["scope"]["task_class"], window and (window[0], window[1])
+    )
     row["density"] = row["density"] and tuple(row["density"])
     row["measure"] = _measure(row["measure"])
     return Price(Constraint(**row), data["multiplier"], data["pinned"])

@@ -6,6 +6,7 @@ resource), never by what that costs: one price vector can then reprice everythin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -68,7 +69,9 @@ class Tasks:
             object.__setattr__(self, name, column)
             bad = np.flatnonzero(~(np.isfinite(column) & (column >= 0)))
             if bad.size:
-                raise QuantityError(f"tasks: {name} of task {bad[0]} is {column[bad[0]]}; it must be finite and ≥ 0")
+                raise QuantityError(
+                    f"tasks: {name} of task {bad[0]} is {column[bad[0]]}; it must be finite and ≥ 0"
+                )
         if self.weight.size and not (self.weight > 0).all():
             raise QuantityError("tasks: every weight must be > 0")
         if self.time is not None and self.time.shape != (n,):
@@ -110,6 +113,8 @@ class Uses:
     """ΔR_irr, the part of the risk that cannot be undone, same unit."""
     losses: FloatArray | None = None
     """Loss in USD by equally likely joint scenario, (N, I, S), where known: what CVaR and max–min need [Z-K]."""
+    late: Mapping[float, FloatArray] = field(default_factory=dict)
+    """P(L > s) by s, (N, I), where it is estimated; elsewhere `seconds` is taken as certain."""
     allowed: BoolArray = field(default_factory=lambda: np.ones((1, 1), dtype=np.bool_))
     """False masks a use that no price can buy [Z-LEX], or whose outcome is unknown."""
 
@@ -118,7 +123,9 @@ class Uses:
         if len(self.names) != i:
             raise QuantityError(f"uses: {len(self.names)} names for {i} columns")
         if self.amounts.shape != (n, i, len(self.resources)):
-            raise QuantityError(f"uses: amounts has shape {self.amounts.shape}, expected {(n, i, len(self.resources))}")
+            raise QuantityError(
+                f"uses: amounts has shape {self.amounts.shape}, expected {(n, i, len(self.resources))}"
+            )
         if self.losses is not None and self.losses.shape[:2] != (n, i):
             raise QuantityError(f"uses: losses has shape {self.losses.shape}, expected ({n}, {i}, S)")
         object.__setattr__(self, "allowed", np.broadcast_to(self.allowed, (n, i)))
@@ -146,6 +153,12 @@ class Uses:
         column: FloatArray = self.amounts[:, :, self.resources.index(resource)]
         return column
 
+    def late_share(self, seconds: float) -> FloatArray:
+        """P(L > seconds), (N, I)."""
+        if seconds in self.late:
+            return self.late[seconds]
+        return (self.seconds > seconds).astype(np.float64)
+
     def take(self, rows: IntArray) -> Uses:
         """The uses of the tasks at `rows`, in that order."""
         return replace(
@@ -156,7 +169,30 @@ class Uses:
             risk=self.risk[rows],
             irreversible_risk=self.irreversible_risk[rows],
             losses=None if self.losses is None else self.losses[rows],
+            late={s: share[rows] for s, share in self.late.items()},
             allowed=self.allowed[rows],
+        )
+
+    def pick(self, use: IntArray) -> Uses:
+        """One use per task, (N, 1): column `use` of each row; −1 (defer) gives a use of nothing."""
+        column = np.maximum(use, 0)[:, None]
+        nothing = (use < 0)[:, None]
+
+        def at(values: FloatArray) -> FloatArray:
+            picked = np.take_along_axis(values, column.reshape(-1, 1, *[1] * (values.ndim - 2)), axis=1)
+            picked[nothing[:, 0]] = 0.0
+            return picked
+
+        return Uses(
+            names=("picked",),
+            quality=at(self.quality),
+            amounts=at(self.amounts),
+            resources=self.resources,
+            seconds=at(self.seconds),
+            risk=at(self.risk),
+            irreversible_risk=at(self.irreversible_risk),
+            losses=None if self.losses is None else at(self.losses),
+            late={s: at(share) for s, share in self.late.items()},
         )
 
     def with_risk(self, measure: RiskMeasure) -> Uses:
@@ -181,5 +217,6 @@ def whole_plans(increments: Uses) -> Uses:
         risk=np.cumsum(increments.risk, axis=1),
         irreversible_risk=np.cumsum(increments.irreversible_risk, axis=1),
         losses=None if increments.losses is None else np.cumsum(increments.losses, axis=1),
+        late={},  # probabilities of breach do not add over increments
         allowed=np.logical_and.accumulate(increments.allowed, axis=1),
     )

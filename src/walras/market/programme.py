@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from scipy.optimize import linprog
@@ -24,7 +25,7 @@ from walras.equation import DEFER, Charge, after_charges, choose
 from walras.quantities import IntArray
 from walras.risk import FloatArray
 
-SMALL = 20_000
+SMALL = 4_000
 """Columns below which the whole programme goes to HiGHS at once."""
 NEAR_TIES = 16.0
 """Tasks with more than one use in the reduced LP: this many times √(N·K), as prices from a sample err by 1/√N."""
@@ -48,7 +49,11 @@ class Programme:
         if charge.tasks is not None:
             row = np.searchsorted(charge.tasks, task)
             row[row == charge.tasks.size] = 0
-            inside = inside & (charge.tasks.size > 0) & (charge.tasks[row] == task) if charge.tasks.size else inside & False
+            inside = (
+                inside & (charge.tasks.size > 0) & (charge.tasks[row] == task)
+                if charge.tasks.size
+                else inside & False
+            )
         out = np.zeros(task.shape)
         out[inside] = charge.per_use[row[inside], use[inside]]
         return out
@@ -95,7 +100,10 @@ class Mix:
     def usage(self, programme: Programme) -> FloatArray:
         """What it takes out of each constraint, (K,) totals."""
         return np.array(
-            [self.total(programme, programme.charge_at(k, self.task, self.use)) for k in range(len(programme.charges))]
+            [
+                self.total(programme, programme.charge_at(k, self.task, self.use))
+                for k in range(len(programme.charges))
+            ]
         )
 
     def magnitude(self, programme: Programme) -> FloatArray:
@@ -241,10 +249,14 @@ def _sample_prices(programme: Programme, feasible: Mix, tolerance: float) -> Flo
     return clear(small, feasible=part, tolerance=tolerance).multipliers
 
 
-def _near_ties(programme: Programme, values: FloatArray, best: FloatArray, ties: int) -> tuple[IntArray, IntArray]:
+def _near_ties(
+    programme: Programme, values: FloatArray, best: FloatArray, ties: int
+) -> tuple[IntArray, IntArray]:
     """Columns within reach of the best one, for the `ties` tasks that are closest to changing their mind."""
     ordered = values if values.shape[1] == 1 else np.partition(values, -2, axis=1)[:, -2:]
-    runner_up = np.where(best > ordered[:, -1], ordered[:, -1], ordered[:, 0]) if programme.defer else ordered[:, 0]
+    runner_up = (
+        np.where(best > ordered[:, -1], ordered[:, -1], ordered[:, 0]) if programme.defer else ordered[:, 0]
+    )
     if programme.defer:
         runner_up = np.where(best > 0, np.maximum(runner_up, 0.0), runner_up)
     margin = best - runner_up
@@ -288,7 +300,7 @@ def _reduced_lp(programme: Programme, columns: _Columns, feasible: Mix) -> tuple
     worth_scale = max(np.abs(worth[free]).max(initial=0.0), 1e-300)
     tasks_free, position = np.unique(task[free], return_inverse=True)
     m = int(free.sum())
-    ones = csr_matrix((np.ones(m), (position, np.arange(m))), shape=(tasks_free.size, m))
+    ones: Any = csr_matrix((np.ones(m), (position, np.arange(m))), shape=(tasks_free.size, m))
     answer = linprog(
         -np.append(worth[free], theta_worth) / worth_scale,
         A_ub=np.column_stack((charge[:, free], theta_charge)) / row_scale[:, None],

@@ -73,6 +73,12 @@ class Usage:
     service_rate: float
     """Share of tasks in scope that were served at all: an SLA must not be met by deferring unseen."""
 
+    @property
+    def excess(self) -> float:
+        """How far over the bound, relative to it (absolute where the bound is 0); 0 when within."""
+        over = self.used - self.constraint.bound
+        return max(0.0, over / self.constraint.bound if self.constraint.bound else over)
+
 
 @dataclass(frozen=True, slots=True)
 class Clearing:
@@ -144,7 +150,7 @@ def discover(
             start = None
         solution = clear(programme, feasible=feasible, start=start, on_pass=report)
         passes += solution.passes
-        broken = _broken_envelopes(tasks, uses, constraints, programme, solution.mix)
+        broken = _broken_envelopes(tasks, uses, constraints, solution.mix)
         if not broken:
             break
         cuts += broken
@@ -153,7 +159,9 @@ def discover(
     prices = Prices(_prices(constraints, rows, cuts, solution.multipliers), tuple(declared), numeraire)
     if numeraire == "compute":
         prices.normalised()  # raises when compute has no price
-    usage = tuple(_usage(tasks, uses, p, programme, solution.mix) for p in prices.discovered)
+    usage = tuple(
+        measure_usage(tasks, uses, p.constraint, solution.mix, p.multiplier) for p in prices.discovered
+    )
     certificate = _certificate(programme, solution, usage)
     if certificate.relative_gap > GAP_TOLERANCE or certificate.max_violation > GAP_TOLERANCE:
         raise NotCleared(
@@ -165,7 +173,7 @@ def discover(
         prices,
         certificate,
         solution.mix,
-        _round(programme, solution, usage),
+        _round(programme, solution),
         usage,
         passes,
         time.perf_counter() - began,
@@ -221,7 +229,10 @@ def _feasible_mix(programme: Programme, constraints: Sequence[Constraint], known
         cost[slice(None) if rows is None else rows] = programme.charges[k].per_use
         np.copyto(cheapest, -cost, where=np.isfinite(programme.worth))
         least = replace(
-            programme, worth=cheapest, charges=[programme.charges[j] for j in met], limits=programme.limits[met]
+            programme,
+            worth=cheapest,
+            charges=[programme.charges[j] for j in met],
+            limits=programme.limits[met],
         )
         # An earlier feasible mix may fail the rows met so far only when it came from outside this loop.
         inside = mix if _within(programme, mix, met) else None
@@ -244,11 +255,8 @@ def _infeasible(
     row = constraints[k]
     tasks = programme.charges[k].tasks
     weight = float(programme.weight.sum() if tasks is None else programme.weight[tasks].sum())
-    if row.layer == "latency":
-        # Charges are measured against the bound, and every task in scope is served.
-        least = least_total / weight + row.bound
-    else:
-        least = least_total / weight
+    # An SLA's charge is measured against its bound, and every task in scope is served.
+    least = least_total / weight + (row.bound if row.layer == "latency" else 0.0)
     others = [constraints[j].name for j in met]
     given = f" given {' and '.join(others)}" if others else ""
     return InfeasibleError(
@@ -282,7 +290,7 @@ def _scenario_totals(tasks: Tasks, uses: Uses, constraint: Constraint, mix: Mix)
 
 
 def _broken_envelopes(
-    tasks: Tasks, uses: Uses, constraints: Sequence[Constraint], programme: Programme, mix: Mix
+    tasks: Tasks, uses: Uses, constraints: Sequence[Constraint], mix: Mix
 ) -> list[tuple[int, Constraint]]:
     broken = []
     for position, constraint in enumerate(constraints):
@@ -308,7 +316,11 @@ def _prices(
         if constraint.kind != "portfolio_envelope":
             out.append(Price(constraint, float(next(plain))))
             continue
-        mine = [(m, cut.density) for m, (p, cut) in zip(multipliers[len(rows) :], cuts, strict=True) if p == position]
+        mine = [
+            (m, cut.density)
+            for m, (p, cut) in zip(multipliers[len(rows) :], cuts, strict=True)
+            if p == position
+        ]
         total = float(sum(m for m, _ in mine))
         if total > 0:
             mean = sum(m * np.asarray(density) for m, density in mine) / total
@@ -336,8 +348,10 @@ def _zero_slack_prices(programme: Programme, solution: Solution) -> Solution:
     return replace(solution, multipliers=mu, dual=dual)
 
 
-def _usage(tasks: Tasks, uses: Uses, price: Price, programme: Programme, mix: Mix) -> Usage:
-    constraint = price.constraint
+def measure_usage(
+    tasks: Tasks, uses: Uses, constraint: Constraint, mix: Mix, multiplier: float = 0.0
+) -> Usage:
+    """What an allocation takes out of a constraint, in the bound's own unit."""
     members = constraint.scope.members(tasks)
     inside = np.ones(len(tasks), dtype=np.bool_) if members is None else members
     mass = tasks.weight[mix.task] * mix.share * inside[mix.task]
@@ -350,11 +364,11 @@ def _usage(tasks: Tasks, uses: Uses, price: Price, programme: Programme, mix: Mi
         used = float(constraint.measure.density(totals) @ totals)
     else:
         # An SLA's charge is measured against its bound and per served task; add the bound back for people.
-        per_use = constraint.charge(tasks, uses)[mix.task[on], mix.use[on]]
+        per_use = constraint.charge(uses)[mix.task[on], mix.use[on]]
         total = float(np.sum(mass[on] * per_use))
         sla = constraint.layer == "latency"
         used = total / (served or 1.0) + constraint.bound if sla else total / everybody
-    return Usage(constraint, used, price.multiplier, served / everybody)
+    return Usage(constraint, used, multiplier, served / everybody)
 
 
 def _certificate(programme: Programme, solution: Solution, usage: Sequence[Usage]) -> Certificate:
@@ -365,18 +379,13 @@ def _certificate(programme: Programme, solution: Solution, usage: Sequence[Usage
         objective=solution.objective / total,
         dual=solution.dual / total,
         gap=abs(solution.dual - solution.objective) / total,
-        max_violation=max((_excess(u) for u in usage), default=0.0),
+        max_violation=max((u.excess for u in usage), default=0.0),
         slackness=float(np.max(solution.multipliers * slack, initial=0.0)) / total,
         scale=float(np.sum(programme.weight * worth)) / total,
     )
 
 
-def _excess(usage: Usage) -> float:
-    over = usage.used - usage.constraint.bound
-    return max(0.0, over / usage.constraint.bound if usage.constraint.bound else over)
-
-
-def _round(programme: Programme, solution: Solution, usage: Sequence[Usage]) -> Rounded:
+def _round(programme: Programme, solution: Solution) -> Rounded:
     """Give every split task to one of its uses: the best that still fits, else the one that overshoots least."""
     mix = solution.mix
     split = np.bincount(mix.task)[mix.task] > 1
@@ -391,7 +400,9 @@ def _round(programme: Programme, solution: Solution, usage: Sequence[Usage]) -> 
         charge = programme.weight[task] * np.array(
             [programme.charge_at(k, at, options) for k in range(len(programme.charges))]
         ).reshape(-1, options.size)
-        excess = (np.maximum(used[:, None] + charge - programme.limits[:, None], 0.0) / room[:, None]).sum(axis=0)
+        excess = (np.maximum(used[:, None] + charge - programme.limits[:, None], 0.0) / room[:, None]).sum(
+            axis=0
+        )
         best = np.lexsort((-programme.worth_at(at, options), excess))[0]
         use[task] = options[best]
         used += charge[:, best]

@@ -1,0 +1,194 @@
+"""What a policy could have reached that knows a task's class and value but not its outcome.
+
+The ex-post oracle picks with outcomes in hand, luck included. The attainable policy is cross-fitted: tasks are split into folds;
+what each model gives to a class is estimated on the other folds (`estimate.class_means`); the fold is then allocated
+by the same price discovery as everything else, and scored with the outcomes nobody had looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from walras.diagnosis.case import Case
+from walras.diagnosis.regret import Mean, bootstrap_mean
+from walras.equation import DEFER, net_value, surplus
+from walras.errors import InfeasibleError
+from walras.estimate.class_means import pooled_class_means
+from walras.market.programme import Mix
+from walras.market.shadow import Usage, discover, measure_usage
+from walras.prices import Prices
+from walras.quantities import BoolArray, IntArray, Labels, Uses
+from walras.risk import FloatArray
+
+FOLDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Attainable:
+    """The cross-fitted policy, scored on tasks it was not fitted on."""
+
+    surplus: Mean
+    """USD per task at declared prices."""
+    usage: tuple[Usage, ...]
+    """What it really took out of each constraint: estimates may err, so a bound can be missed a little."""
+    shares: FloatArray
+    """Probability of each use, (N, I + 1); the last column is deferring."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A switch for a group of tasks, worth making on held-out evidence."""
+
+    tenant: str | None
+    task_class: str | None
+    from_use: str
+    to_use: str
+    tasks: int
+    per_task: Mean
+    """USD per task of the group gained at the discovered prices."""
+    total: float
+
+
+def attainable_policy(case: Case, seed: int = 0) -> Attainable | None:
+    """Fit and score the policy; None where a log is too small, or no fold can meet the constraints."""
+    n, i = case.uses.shape
+    if n < 2 * FOLDS:
+        return None
+    fold = np.random.default_rng(seed).permutation(n) % FOLDS
+    classes = _classes(case)
+    shares = np.zeros((n, i + 1))
+    for k in range(FOLDS):
+        held_out, rest = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
+        try:
+            shares[held_out] = _allocate(case, held_out, rest, classes)
+        except InfeasibleError:
+            return None
+    true = np.nan_to_num(
+        surplus(case.tasks, replace(case.uses, allowed=np.ones(1, dtype=np.bool_)), case.economy.declared())
+    )
+    mix = _mix_of(shares)
+    return Attainable(
+        surplus=bootstrap_mean((shares[:, :-1] * true).sum(axis=1), seed),
+        usage=tuple(measure_usage(case.tasks, case.uses, c, mix) for c in case.constraints),
+        shares=shares,
+    )
+
+
+def _classes(case: Case) -> IntArray:
+    labels = case.tasks.task_class
+    return np.zeros(len(case.tasks), dtype=np.int64) if labels is None else labels.codes - labels.codes.min()
+
+
+def _allocate(case: Case, held_out: IntArray, rest: IntArray, classes: IntArray) -> FloatArray:
+    """Shares for the held-out tasks, (M, I + 1), from estimates made on the rest."""
+    estimated = _estimate(case, rest, classes)
+    tasks = case.tasks.take(held_out)
+    uses = replace(_by_class(estimated, classes[held_out]), allowed=case.uses.allowed[held_out])
+    # Tasks that look the same to the policy are one task with a weight: fewer rows, and no ties to break.
+    seen = [classes[held_out], tasks.value, tasks.latency_price, tasks.risk_price]
+    seen += [_codes(tasks.tenant, held_out.size), *np.packbits(uses.allowed, axis=1).T]
+    if tasks.time is not None and any(c.scope.window for c in case.constraints):
+        seen.append(tasks.time)
+    _, first, row, count = np.unique(
+        np.column_stack(seen), axis=0, return_index=True, return_inverse=True, return_counts=True
+    )
+    small = replace(tasks.take(first), weight=count.astype(np.float64))
+    cleared = discover(
+        small, uses.take(first), case.constraints, defer=case.economy.defer, declared=case.economy.declared()
+    )
+    shares = np.zeros((first.size, uses.shape[1] + 1))
+    shares[cleared.mix.task, cleared.mix.use] = cleared.mix.share  # DEFER = −1 is the last column
+    out: FloatArray = shares[row.ravel()]
+    return out
+
+
+def _codes(labels: Labels | None, n: int) -> IntArray:
+    return np.zeros(n, dtype=np.int64) if labels is None else labels.codes
+
+
+def _estimate(case: Case, rows: IntArray, classes: IntArray) -> Uses:
+    """Class means of every column, one row a class."""
+    uses, of, n_classes = case.uses.take(rows), classes[rows], int(classes.max()) + 1
+
+    def pooled(values: FloatArray) -> FloatArray:
+        return pooled_class_means(np.ascontiguousarray(values), of, n_classes)
+
+    late = {c.seconds for c in case.constraints if c.kind == "quantile_sla"}
+    return Uses(
+        names=uses.names,
+        quality=pooled(uses.quality),
+        amounts=pooled(uses.amounts),
+        resources=uses.resources,
+        seconds=pooled(uses.seconds),
+        risk=pooled(uses.risk),
+        irreversible_risk=pooled(uses.irreversible_risk),
+        losses=None if uses.losses is None else pooled(uses.losses),
+        late={s: pooled(uses.late_share(s)) for s in late},
+    )
+
+
+def _by_class(estimated: Uses, classes: IntArray) -> Uses:
+    return estimated.take(classes)
+
+
+def _mix_of(shares: FloatArray) -> Mix:
+    task, column = np.nonzero(shares)
+    use = np.where(column == shares.shape[1] - 1, DEFER, column)
+    return Mix(task, use, shares[task, column])
+
+
+def best_changes(
+    case: Case, prices: Prices, policy: Attainable, most: int = 3, seed: int = 0
+) -> list[Change]:
+    """The switches worth most: for tasks of one tenant and class with one audited use, what the policy does instead.
+
+    Gains are the held-out net value at `prices`, so a switch that frees a scarce budget is credited for it. Only those
+    whose interval stays above 0 are returned.
+    """
+    values = np.nan_to_num(
+        net_value(case.tasks, replace(case.uses, allowed=np.ones(1, dtype=np.bool_)), prices)
+    )
+    got = np.where(
+        case.chosen == DEFER, 0.0, np.take_along_axis(values, np.maximum(case.chosen, 0)[:, None], 1)[:, 0]
+    )
+    gain = (policy.shares[:, :-1] * values).sum(axis=1) - got
+    found = []
+    for tenant, task_class, use, members in _groups(case):
+        instead = policy.shares[members].mean(axis=0)
+        instead[use] = 0.0  # use = DEFER = −1 is the last column
+        if instead.sum() < 1e-9:
+            continue
+        per_task = bootstrap_mean(gain[members], seed)
+        if per_task.ci[0] > 0:
+            to = int(np.argmax(instead))
+            names = (*case.uses.names, "defer")
+            found.append(
+                Change(
+                    tenant,
+                    task_class,
+                    names[use],
+                    names[to],
+                    int(members.sum()),
+                    per_task,
+                    float(gain[members].sum()),
+                )
+            )
+    return sorted(found, key=lambda c: -c.total)[:most]
+
+
+def _groups(case: Case) -> list[tuple[str | None, str | None, int, BoolArray]]:
+    """(tenant, class, audited use, members) of each group that occurs."""
+    n = len(case.tasks)
+    tenant, task_class = case.tasks.tenant, case.tasks.task_class
+    keys = np.column_stack((_codes(tenant, n), _codes(task_class, n), case.chosen))
+    unique, group = np.unique(keys, axis=0, return_inverse=True)
+    return [
+        (_name(tenant, t), _name(task_class, c), int(use), group.ravel() == g)
+        for g, (t, c, use) in enumerate(unique.tolist())
+    ]
+
+
+def _name(labels: Labels | None, code: int) -> str | None:
+    return labels.names[code] if labels and code >= 0 else None

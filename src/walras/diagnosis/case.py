@@ -1,0 +1,297 @@
+"""A log and the operator's settings, made into an economy that can be audited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from walras.equation import DEFER, surplus
+from walras.errors import RecordError, SettingsError, nearest
+from walras.market.programme import Mix
+from walras.market.shadow import measure_usage
+from walras.prices import Constraint, Scope
+from walras.quantities import USD, BoolArray, IntArray, Labels, Tasks, Uses
+from walras.records import UNKNOWN, Log
+from walras.risk import FloatArray
+from walras.settings import Economy
+
+MOSTLY = 0.5
+"""Share of complete tasks from which the incomplete ones are left out rather than audited with gaps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Tasks, uses and constraints, and the choices under audit."""
+
+    tasks: Tasks
+    uses: Uses
+    """`allowed` is False where an absolute rule forbids the use, or its outcome is unknown."""
+    constraints: tuple[Constraint, ...]
+    economy: Economy
+    baseline: str
+    """`realised`, a model's name, or `best fixed`."""
+    chosen: IntArray
+    """The audited choice, (N,), `DEFER` where none; its outcome is known."""
+    complete: bool
+    """Whether every alternative's outcome is known; if not, regret is a lower bound."""
+    left_out: int
+    """Tasks of the log that are not audited."""
+    synthetic: bool
+    notes: tuple[str, ...]
+
+    def take(self, rows: IntArray) -> Case:
+        return replace(self, tasks=self.tasks.take(rows), uses=self.uses.take(rows), chosen=self.chosen[rows])
+
+
+def build_case(log: Log, economy: Economy) -> Case:
+    """Make the economy.
+
+    Raises:
+        SettingsError: settings name a model, tenant, class or column the log does not have, or no value is given.
+        RecordError: no task can be audited.
+    """
+    _check_names(log, economy)
+    notes: list[str] = []
+    known = _known_outcomes(log, economy)
+    rows, columns = _audited(log, known, notes)
+    left_out = len(log) - rows.size
+    log, known = log.take(rows, columns), known[np.ix_(rows, columns)]
+    tasks = _tasks(log, economy, notes)
+    uses = _uses(log, economy, known & ~_forbidden(log, economy))
+    constraints = tuple(economy.constraints(_scope_sizes(tasks, economy)))
+    baseline, chosen = _baseline(log, economy, tasks, uses, constraints, notes)
+    return Case(
+        tasks=tasks,
+        uses=uses,
+        constraints=constraints,
+        economy=economy,
+        baseline=baseline,
+        chosen=chosen,
+        complete=bool(known.all()),
+        left_out=left_out,
+        synthetic=log.synthetic,
+        notes=tuple(notes),
+    )
+
+
+def _check_names(log: Log, economy: Economy) -> None:
+    models = [(f"{kind}.{name}.forbidden_models", m) for kind, name, m in _forbidden_models(economy)]
+    if economy.baseline not in (None, "realised"):
+        models.append(("baseline", economy.baseline or ""))
+    for key, model in models:
+        if model not in log.models:
+            raise SettingsError(f"the log has no model '{model}'", key=key, hint=nearest(model, log.models))
+    for kind, names, labels in (
+        ("tenants", economy.tenants, log.tenant),
+        ("classes", economy.classes, log.task_class),
+    ):
+        known = labels.names if labels else ()
+        for name in names:
+            if name not in known:
+                hint = nearest(name, known) if known else f"the log has no column for {kind}"
+                raise SettingsError(f"the log has no '{name}'", key=f"{kind}.{name}", hint=hint)
+    groups = [economy, *economy.tenants.values(), *economy.classes.values()]
+    needs = {
+        "latency_s": any(g.sla_s is not None or g.lambda0 for g in groups),
+        "risk": any(g.risk is not None for g in groups) and not economy.needs_losses,
+    }
+    for column, needed in needs.items():
+        if needed and column not in log.per_use:
+            raise SettingsError(f"the settings price it, but the log has no column '{column}'", key=column)
+    if economy.needs_losses and log.losses is None:
+        raise SettingsError("needs the column 'risk_scenarios'; the log has none", key="risk_measure")
+
+
+def _forbidden_models(economy: Economy) -> list[tuple[str, str, str]]:
+    tenants = [("tenants", name, m) for name, t in economy.tenants.items() for m in t.forbidden_models]
+    classes = [("classes", name, m) for name, c in economy.classes.items() for m in c.forbidden_models]
+    return tenants + classes
+
+
+def _forbidden(log: Log, economy: Economy) -> BoolArray:
+    """[Z-LEX] uses no price can buy, (N, I)."""
+    mask = np.zeros((len(log), len(log.models)), dtype=np.bool_)
+    for kind, name, model in _forbidden_models(economy):
+        labels = log.tenant if kind == "tenants" else log.task_class
+        if labels is not None and model in log.models:
+            mask[labels.equal(name), log.models.index(model)] = True
+    return mask
+
+
+# --- which outcomes are known, and which tasks are audited --------------------------------------------------------
+
+
+def _known_outcomes(log: Log, economy: Economy) -> BoolArray:
+    """An outcome is known when quality, cost and every recorded amount is: a partial one cannot be priced."""
+    known: BoolArray = np.logical_and.reduce([~np.isnan(column) for column in log.per_use.values()])
+    if economy.needs_losses and log.losses is not None:
+        known = known & ~np.isnan(log.losses).any(axis=2)
+    return known
+
+
+def _audited(log: Log, known: BoolArray, notes: list[str]) -> tuple[IntArray, IntArray]:
+    """Rows (tasks) and columns (models) to audit; the notes say what is left out and why."""
+    columns = np.flatnonzero(known.any(axis=0))
+    if not columns.size:
+        raise RecordError("no record has all of " + ", ".join(log.per_use) + "; nothing can be priced")
+    dropped = [m for i, m in enumerate(log.models) if i not in columns]
+    if dropped:
+        notes.append(f"left out, no complete record: {', '.join(dropped)}")
+    inside = known[:, columns]
+    full, some = inside.all(axis=1), inside.any(axis=1)
+    if full.mean() >= MOSTLY:
+        if not full.all():
+            notes.append(f"{int((~full).sum())} tasks left out: the outcome of some model is unknown")
+        return np.flatnonzero(full), columns
+    # A production log: what the other models would have given is mostly unknown.
+    has_choice = log.chosen != UNKNOWN
+    audited = some & np.where(has_choice, known[np.arange(len(log)), np.maximum(log.chosen, 0)], True)
+    notes.append(
+        f"only {full.mean():.0%} of tasks have every model's outcome: unknown alternatives are left out of the "
+        "comparison, so regret is a lower bound and nothing can be said about an attainable policy"
+    )
+    if not audited.all():
+        notes.append(f"{int((~audited).sum())} tasks left out: what the chosen model gave is unknown")
+    if not audited.any():
+        raise RecordError("no task has a known outcome of its chosen model")
+    return np.flatnonzero(audited), columns
+
+
+# --- tasks and uses -----------------------------------------------------------------------------------------------
+
+
+def _tasks(log: Log, economy: Economy, notes: list[str]) -> Tasks:
+    n = len(log)
+    value = _per_task(log, economy, "value", np.nan)
+    declared = not np.isnan(value).all()
+    if log.value is not None and (economy.value_column or not declared):
+        value = np.where(np.isnan(log.value), value, log.value)
+    elif log.value is not None:
+        notes.append("the log's own values are not used: a value was declared")
+    missing = int(np.isnan(value).sum())
+    if missing:
+        hint = "declare --value USD, or name a column: --value-column C"
+        what = "no task has a value" if missing == n else f"{missing} of {n} tasks have no value"
+        raise SettingsError(what, key="value", hint=hint)
+    return Tasks(
+        value=value,
+        latency_price=_per_task(log, economy, "lambda0", 0.0),
+        risk_price=_per_task(log, economy, "rho0", 1.0),
+        tenant=log.tenant,
+        task_class=log.task_class,
+        time=log.time,
+    )
+
+
+def _per_task(log: Log, economy: Economy, key: str, default: float) -> FloatArray:
+    """One declared number per task: the tenant's and the class's own, else everybody's; a class is the more special."""
+    everybody = getattr(economy, key)
+    column = np.full(len(log), default if everybody is None else everybody)
+    for labels, groups in ((log.tenant, economy.tenants), (log.task_class, economy.classes)):
+        for name, group in groups.items():
+            own = getattr(group, key)
+            if own is not None and labels is not None:
+                column[labels.equal(name)] = own
+    return column
+
+
+def _uses(log: Log, economy: Economy, allowed: BoolArray) -> Uses:
+    names = (USD, *economy.resources)
+    sources = ("cost_usd", *(r.column for r in economy.resources.values()))
+    zero = np.zeros((1, 1))
+    uses = Uses(
+        names=log.models,
+        quality=log.per_use["quality"],
+        amounts=np.stack([log.per_use[source] for source in sources], axis=2),
+        resources=names,
+        seconds=log.per_use.get("latency_s", zero),
+        risk=log.per_use.get("risk", zero),
+        irreversible_risk=log.per_use.get("irreversible_risk", zero),
+        losses=log.losses if economy.needs_losses else None,
+        allowed=allowed,
+    )
+    if economy.needs_losses and economy.risk_over == "use":
+        uses = uses.with_risk(economy.measure)
+    return uses
+
+
+def _scope_sizes(tasks: Tasks, economy: Economy) -> dict[Scope, float]:
+    scopes = [
+        Scope(),
+        *(Scope(tenant=t) for t in economy.tenants),
+        *(Scope(task_class=c) for c in economy.classes),
+    ]
+    return {s: float(len(tasks) if (m := s.members(tasks)) is None else m.sum()) for s in scopes}
+
+
+# --- what is audited ----------------------------------------------------------------------------------------------
+
+
+def _baseline(
+    log: Log, economy: Economy, tasks: Tasks, uses: Uses, constraints: Sequence[Constraint], notes: list[str]
+) -> tuple[str, IntArray]:
+    """Name and choices of the audited policy: as asked, else the log's own, else the best fixed model."""
+    recorded = bool((log.chosen != UNKNOWN).any())
+    name = economy.baseline or ("realised" if recorded else "best fixed")
+    if name == "realised":
+        if not recorded:
+            hint = "a boolean column 'chosen' would say; or audit one model: --baseline MODEL"
+            raise SettingsError("the log does not say what was chosen", key="baseline", hint=hint)
+        unserved = int((log.chosen == UNKNOWN).sum())
+        if unserved:
+            notes.append(f"{unserved} tasks have no chosen model: taken as deferred")
+        return name, np.where(log.chosen == UNKNOWN, DEFER, log.chosen)
+    if name == "best fixed":
+        fixed = best_fixed(tasks, uses, constraints, economy.declared())
+        if fixed is None:
+            what = "the log neither says what was chosen nor has one model on every task"
+            raise SettingsError(what, key="baseline")
+        notes.append("the log does not say what was chosen: the best fixed model stands in for it")
+        return name, np.full(len(log), fixed.use, dtype=np.int64)
+    column = log.models.index(name)
+    missing = int((~uses.allowed[:, column]).sum())
+    if missing:
+        what = f"it is forbidden, or its outcome is unknown, on {missing} tasks"
+        raise SettingsError(what, key=f"baseline {name}")
+    return name, np.full(len(log), column, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """One model for every task."""
+
+    use: int
+    surplus: float
+    """USD per task at declared prices."""
+    feasible: bool
+    """Whether it meets every constraint."""
+
+
+def best_fixed(
+    tasks: Tasks, uses: Uses, constraints: Sequence[Constraint], declared: Sequence[tuple[str, float]]
+) -> Fixed | None:
+    """The best single model among those that meet the constraints, or among all where none does; None if no model
+    is open to every task."""
+    total = (
+        tasks.weight @ np.where(uses.allowed, surplus(tasks, uses, declared), -np.inf) / tasks.weight.sum()
+    )
+    found = [
+        Fixed(i, float(total[i]), _meets(tasks, uses, constraints, i))
+        for i in np.flatnonzero(np.isfinite(total)).tolist()
+    ]
+    return max(found, key=lambda f: (f.feasible, f.surplus), default=None)
+
+
+def _meets(tasks: Tasks, uses: Uses, constraints: Sequence[Constraint], use: int) -> bool:
+    mix = Mix.pure(np.full(len(tasks), use, dtype=np.int64))
+    return all(measure_usage(tasks, uses, c, mix).excess <= 1e-9 for c in constraints)
+
+
+def by_label(labels: Labels | None) -> list[tuple[str, BoolArray]]:
+    """(name, members) of each label that occurs."""
+    if labels is None:
+        return []
+    groups = [(name, labels.codes == code) for code, name in enumerate(labels.names)]
+    return [(name, mask) for name, mask in groups if mask.any()]

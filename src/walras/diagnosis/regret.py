@@ -1,0 +1,167 @@
+"""Regret: what each task lost against the best use it could have had, at one price vector. [Z-4]
+
+    regret_x = max_i v_xi − v_x,chosen ≥ 0,    v = net value [Z-1] at the discovered prices.
+
+Its mean is what the whole log left on the table, and it splits into two parts that add up exactly:
+
+    mean regret = (optimal surplus − realised surplus) + Σ_k μ_k·(used_k − bound_k)
+
+surplus not earned, and constraints overdrawn (or left unused) valued at their prices. An outcome is one draw, so the
+*ex-post* best includes luck; what a policy could have known is the business of `attainable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from scipy import stats
+
+from walras.diagnosis.case import Case, by_label
+from walras.equation import DEFER, Terms, choose, net_value, terms
+from walras.prices import Prices
+from walras.quantities import BoolArray, IntArray
+from walras.risk import FloatArray
+
+BLOCKS = 2_000
+"""Tasks are pooled into at most this many random blocks before resampling, so an interval costs the same for any N."""
+RESAMPLES = 999
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A mean over tasks with a 95% bootstrap interval."""
+
+    mean: float
+    ci: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Regret of a group of tasks, USD."""
+
+    name: str
+    tasks: int
+    regret: Mean
+    """Per task of the group."""
+    total: float
+    """Over the group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One failure mode of [Z §4]: how often, and how much is at stake."""
+
+    label: str
+    name: str
+    tasks: int
+    per_task: Mean
+    """USD per task of the whole log."""
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Regret:
+    """Regret of the audited choices."""
+
+    per_task: FloatArray
+    """(N,) USD ≥ 0."""
+    best: IntArray
+    """Ex-post best use at the prices, (N,), `DEFER` where none is worth it."""
+    chosen: Terms
+    """The audited choices taken apart, each (N,): V·ΔQ, π_C·ΔC, π_L·ΔL, π_R·ΔR."""
+    overall: Mean
+    by_tenant: tuple[Row, ...]
+    by_class: tuple[Row, ...]
+    by_value_decile: tuple[Row, ...]
+    failures: tuple[Failure, ...]
+    value_correlation: float | None
+    """P2's signature: Spearman correlation of regret with V; None where V is constant."""
+    top_decile_share: float | None
+    """Share of all regret in the tenth of tasks with the highest V."""
+
+
+def measure_regret(case: Case, prices: Prices, seed: int = 0) -> Regret:
+    """Regret of `case.chosen` at `prices`."""
+    values = net_value(case.tasks, case.uses, prices)
+    best = choose(values, defer=case.economy.defer)
+    picked = case.uses.pick(case.chosen)
+    one = terms(case.tasks, picked, prices)
+    # A deferred task takes nothing, so it pays nothing, SLA credits included.
+    served = (case.chosen != DEFER)[:, None]
+    chosen = Terms(*(np.where(served, t, 0.0)[:, 0] for t in (one.value, one.compute, one.latency, one.risk)))
+    got = chosen.value - chosen.compute - chosen.latency - chosen.risk
+    # An audited choice may break an absolute rule and so beat every allowed use: that is no negative regret.
+    regret = np.maximum(best.value - got, 0.0)
+    worth = case.tasks.value
+    varied = bool(np.ptp(worth) > 0)
+    deciles = _deciles(worth) if varied else []
+    total = float(regret.sum())
+    return Regret(
+        per_task=regret,
+        best=best.use,
+        chosen=chosen,
+        overall=bootstrap_mean(regret, seed),
+        by_tenant=_rows(regret, by_label(case.tasks.tenant), seed),
+        by_class=_rows(regret, by_label(case.tasks.task_class), seed),
+        by_value_decile=_rows(regret, deciles, seed),
+        failures=_failures(case, prices, chosen, best.use, regret, seed),
+        value_correlation=float(stats.spearmanr(worth, regret).statistic)
+        if varied and np.ptp(regret)
+        else None,
+        top_decile_share=float(regret[deciles[-1][1]].sum() / total) if deciles and total else None,
+    )
+
+
+def bootstrap_mean(values: FloatArray, seed: int = 0) -> Mean:
+    """Mean with a 95% percentile bootstrap interval over tasks (over random blocks of tasks when there are many)."""
+    n = values.size
+    mean = float(values.mean())
+    if n < 2 or not np.ptp(values):
+        return Mean(mean, (mean, mean))
+    rng = np.random.default_rng(seed)
+    blocks = min(n, BLOCKS)
+    block = rng.permutation(n) % blocks
+    sums, sizes = np.bincount(block, weights=values), np.bincount(block)
+    draws = rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=RESAMPLES)
+    low, high = np.quantile((draws @ sums) / (draws @ sizes), [0.025, 0.975])
+    return Mean(mean, (float(low), float(high)))
+
+
+def _rows(regret: FloatArray, groups: Sequence[tuple[str, BoolArray]], seed: int) -> tuple[Row, ...]:
+    return tuple(
+        Row(name, int(mask.sum()), bootstrap_mean(regret[mask], seed), float(regret[mask].sum()))
+        for name, mask in groups
+    )
+
+
+def _deciles(worth: FloatArray) -> list[tuple[str, BoolArray]]:
+    """Tenths of the tasks by V, lowest first; fewer where many tasks share a value."""
+    edges = np.unique(np.quantile(worth, np.linspace(0, 1, 11)))
+    bins = np.clip(np.searchsorted(edges, worth, side="right") - 1, 0, edges.size - 2)
+    names = [f"{low:.3g}–{high:.3g}" for low, high in pairwise(edges)]
+    groups = [(name, bins == k) for k, name in enumerate(names)]
+    return [(name, mask) for name, mask in groups if mask.any()]
+
+
+def _failures(
+    case: Case, prices: Prices, chosen: Terms, best: IntArray, regret: FloatArray, seed: int
+) -> tuple[Failure, ...]:
+    """FM-1 and FM-2: was the better use cheaper or dearer, at full price π·(ΔC, ΔL, ΔR)?
+
+    The two are disjoint and together hold all regret: V·ΔQ of the step from the better use to the chosen one was either
+    less than what the step cost (over-routing), or the step saved less than the quality it gave up (under-routing).
+    """
+    there = terms(case.tasks, case.uses.pick(best), prices)
+    served = best != DEFER
+    full_best = np.where(served, (there.compute + there.latency + there.risk)[:, 0], 0.0)
+    full_chosen = chosen.compute + chosen.latency + chosen.risk
+    lost = regret > 0
+    over = lost & (full_best < full_chosen)
+    found = []
+    for label, name, mask in (("FM-1", "over-routing", over), ("FM-2", "under-routing", lost & ~over)):
+        stake = np.where(mask, regret, 0.0)
+        found.append(Failure(label, name, int(mask.sum()), bootstrap_mean(stake, seed), float(stake.sum())))
+    return tuple(found)

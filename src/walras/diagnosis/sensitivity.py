@@ -1,0 +1,168 @@
+"""How the answer moves when what went in was wrong: V, ρ, outcomes, and the sample itself. [Z, limits of the rule]"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from walras.diagnosis.case import Case
+from walras.equation import choose, net_value
+from walras.errors import InfeasibleError
+from walras.market.shadow import Clearing, discover
+from walras.prices import Constraint, Scope
+from walras.quantities import USD
+from walras.risk import FloatArray
+
+SAMPLE = 10_000
+"""Tasks on which re-solved answers are computed; more would not change a digit anybody reads."""
+RESAMPLES = 40
+QUALITY_NOISE = 0.1
+"""Standard deviation of the error put on every quality, in units of quality."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """The audit's answer under one change of its inputs."""
+
+    name: str
+    multipliers: tuple[float, ...]
+    """One per constraint."""
+    surplus: float
+    """Optimal surplus, USD per task."""
+    regret: float
+    """Mean regret of the audited choices, USD per task."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Optimal surplus against the compute budget; its slope is μ_C [Z-3]."""
+
+    budget: FloatArray
+    """USD per task, rising."""
+    surplus: FloatArray
+    multiplier: FloatArray
+    sampled: int | None
+    """Tasks it was computed on, when that is not all of them."""
+
+
+def solve(case: Case, start: FloatArray | None = None) -> Clearing:
+    """Prices of a case by its own settings."""
+    return discover(
+        case.tasks,
+        case.uses,
+        case.constraints,
+        defer=case.economy.defer,
+        numeraire=case.economy.numeraire,
+        declared=case.economy.declared(),
+        start=start,
+    )
+
+
+def sample(case: Case, most: int = SAMPLE, seed: int = 0) -> Case:
+    """The case on at most `most` tasks."""
+    n = len(case.tasks)
+    if n <= most:
+        return case
+    return case.take(np.sort(np.random.default_rng(seed).choice(n, most, replace=False)))
+
+
+def scenarios(case: Case, on_step: Callable[[str], None] = lambda _: None) -> list[Scenario]:
+    """The answer at V ± 50%, ρ₀ ± 50% (where there is risk), and with noise on every quality."""
+    case = sample(case)
+    tasks, uses = case.tasks, case.uses
+    noise = np.random.default_rng(1).normal(0.0, QUALITY_NOISE, uses.quality.shape)
+    changed = [
+        ("as declared", case),
+        ("V − 50%", replace(case, tasks=replace(tasks, value=tasks.value * 0.5))),
+        ("V + 50%", replace(case, tasks=replace(tasks, value=tasks.value * 1.5))),
+    ]
+    if np.nan_to_num(uses.risk).any():
+        changed += [
+            ("ρ − 50%", replace(case, tasks=replace(tasks, risk_price=tasks.risk_price * 0.5))),
+            ("ρ + 50%", replace(case, tasks=replace(tasks, risk_price=tasks.risk_price * 1.5))),
+        ]
+    noisy = replace(uses, quality=np.clip(uses.quality + noise, 0.0, 1.0))
+    changed.append((f"quality ± {QUALITY_NOISE:g}", replace(case, uses=noisy)))
+    found = []
+    for name, other in changed:
+        on_step(name)
+        found.append(_scenario(name, other))
+    return found
+
+
+def _scenario(name: str, case: Case) -> Scenario:
+    cleared = solve(case)
+    best = choose(net_value(case.tasks, case.uses, cleared.prices), defer=case.economy.defer)
+    everything = replace(case.uses, allowed=np.ones(1, dtype=np.bool_))
+    got = net_value(case.tasks, everything, cleared.prices)
+    mine = np.take_along_axis(got, np.maximum(case.chosen, 0)[:, None], axis=1)[:, 0]
+    regret = np.maximum(best.value - np.where(case.chosen < 0, 0.0, mine), 0.0)
+    return Scenario(
+        name, tuple(cleared.multipliers.tolist()), cleared.certificate.objective, float(regret.mean())
+    )
+
+
+def multiplier_intervals(
+    case: Case, multipliers: Sequence[float], seed: int = 0
+) -> list[tuple[float, float]]:
+    """95% intervals of the multipliers over resampled tasks, one per constraint.
+
+    Each resample of m tasks is solved again; where the log has N > m tasks the spread is scaled by √(m/N) (m out of n
+    bootstrap). It is what the prices would have been on another log of the same kind.
+    """
+    n = len(case.tasks)
+    m = min(n, SAMPLE // 2)
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(RESAMPLES):
+        try:
+            draws.append(solve(case.take(rng.integers(0, n, m))).multipliers)
+        except InfeasibleError:
+            continue  # without deferring, a resample may not fit a tight bound
+    if len(draws) < RESAMPLES // 2:
+        return [(0.0, np.inf)] * len(multipliers)
+    centre = np.asarray(multipliers)
+    spread = np.quantile(draws, [0.025, 0.975], axis=0) - np.median(draws, axis=0)
+    low, high = centre + spread * np.sqrt(m / n)
+    return list(zip(np.maximum(low, 0.0).tolist(), high.tolist(), strict=True))
+
+
+def surplus_curve(case: Case, spent: float, points: int = 13) -> Curve:
+    """Optimal surplus for budgets from the least that will do to more than anybody needs, other rows as declared.
+
+    Args:
+        spent: what the audited choices cost, USD per task, so that today lies on the curve.
+    """
+    n = len(case.tasks)
+    case = sample(case)
+    others = tuple(
+        c for c in case.constraints if not (c.kind == "budget" and c.resource == USD and c.scope == Scope())
+    )
+    declared = [c.bound for c in case.constraints if c not in others]
+    free = solve(replace(case, constraints=others))
+    wanted = case.uses.amount(USD)[free.mix.task[free.mix.use >= 0], free.mix.use[free.mix.use >= 0]]
+    most = float((wanted * free.mix.share[free.mix.use >= 0]).sum() / len(case.tasks))
+    least = 0.0
+    if not case.economy.defer:
+        least = float(np.where(case.uses.allowed, case.uses.amount(USD), np.inf).min(axis=1).mean())
+    top = max(1.15 * most, *declared, min(spent, 2 * most), 1e-12)
+    grid = np.unique(
+        np.concatenate((least + (top - least) * np.linspace(0, 1, points) ** 2, declared, [most]))
+    )
+    budgets, surpluses, prices = [], [], []
+    for budget in grid[grid >= least * (1 + 1e-9)]:
+        try:
+            cleared = solve(replace(case, constraints=(Constraint("budget", float(budget)), *others)))
+        except InfeasibleError:
+            continue
+        budgets.append(float(budget))
+        surpluses.append(cleared.certificate.objective)
+        prices.append(float(cleared.multipliers[0]))
+    return Curve(
+        np.array(budgets),
+        np.array(surpluses),
+        np.array(prices),
+        None if len(case.tasks) == n else len(case.tasks),
+    )

@@ -1,0 +1,292 @@
+"""Readers: Parquet, CSV and JSON Lines in, batches of the record schema out. One batch is in memory at a time."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+
+from walras.errors import RecordError, nearest
+from walras.records.schema import BY_NAME, Column
+
+BATCH_BYTES = 8 << 20
+BATCH_ROWS = 65_536
+
+_FORMATS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".csv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+}
+
+OnRows = Callable[[int, int], None]
+"""Called with rows and (uncompressed or file) bytes read so far, for progress."""
+
+
+def read_records(
+    path: Path,
+    columns: Sequence[str],
+    names: Mapping[str, str] | None = None,
+    extra: Sequence[str] = (),
+    on_rows: OnRows | None = None,
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """(number of the first row, batch) pairs with the wanted schema columns, checked.
+
+    Args:
+        columns: schema columns wanted; optional ones that the file lacks are left out of the batches.
+        names: schema column → column of the file, where they differ.
+        extra: further columns of the file, read as float64 ≥ 0 under their own names.
+
+    Raises:
+        RecordError: names the file, and row (from 1) and column where there is one to blame.
+    """
+    kind = _format(path)
+    try:
+        source = _columns_of(path, kind)
+        wanted = _resolve(path, source, columns, names or {}, extra)
+        number, batches = 1, _batches(path, kind, wanted)
+        for raw, done in batches:
+            if not raw.num_rows:
+                continue
+            batch = _conform(path, raw, wanted, number)
+            _check(path, batch, wanted, number)
+            yield number, batch
+            number += raw.num_rows
+            if on_rows:
+                on_rows(number - 1, done)
+    except pa.ArrowException as error:
+        raise _translate(path, kind, error) from error
+    except UnicodeDecodeError as error:
+        raise _not_text(path) from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise RecordError(f"cannot be read: {reason}", path=path) from error
+    if number == 1:
+        raise RecordError("has no records", path=path, hint="one row per (request, model) is expected")
+
+
+def _format(path: Path) -> str:
+    if not path.exists():
+        raise RecordError("no such file", path=path)
+    if path.is_dir():
+        raise RecordError("is a folder", path=path, hint="name the files in it")
+    suffixes = path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:]
+    kind = _FORMATS.get(suffixes[0].lower()) if suffixes else None
+    if kind is None or (path.suffix == ".gz" and kind == "parquet"):
+        known = ", ".join(_FORMATS) + ", .csv.gz, .jsonl.gz"
+        raise RecordError(f"unknown extension '{''.join(suffixes)}'", path=path, hint=f"readable: {known}")
+    if path.stat().st_size == 0:
+        raise RecordError("is empty", path=path)
+    return kind
+
+
+# --- which column of the file is which ------------------------------------------------------------------------------
+
+
+def _columns_of(path: Path, kind: str) -> list[str]:
+    if kind == "parquet":
+        return list(pa.parquet.read_schema(path).names)
+    if kind == "csv":
+        with _open_csv(path) as reader:
+            return list(reader.schema.names)
+    with pa.json.open_json(_stream(path), read_options=pa.json.ReadOptions(block_size=BATCH_BYTES)) as reader:
+        return list(reader.schema.names)
+
+
+Wanted = dict[str, tuple[Column, str]]
+"""Schema name → (its column, name in the file)."""
+
+
+def _resolve(
+    path: Path, source: Sequence[str], columns: Sequence[str], names: Mapping[str, str], extra: Sequence[str]
+) -> Wanted:
+    for name in names:
+        if name not in BY_NAME:
+            raise RecordError(
+                f"'{name}' is not a column of the schema", path=path, hint=nearest(name, BY_NAME)
+            )
+    wanted: Wanted = {}
+    for name in columns:
+        column = BY_NAME[name]
+        candidates = [names[name]] if name in names else [name, *column.aliases]
+        found = next((c for c in candidates if c in source), None)
+        if found is not None:
+            wanted[name] = (column, found)
+        elif column.required or name in names:
+            raise RecordError(
+                f"no column '{candidates[0]}'",
+                path=path,
+                hint=f"{nearest(candidates[0], source)}; name it with --map {name}=COLUMN",
+            )
+    for name in extra:
+        if name not in source:
+            raise RecordError(f"no column '{name}'", path=path, hint=nearest(name, source))
+        wanted[name] = (Column(name, pa.float64(), "", low=0), name)
+    return wanted
+
+
+# --- raw batches ------------------------------------------------------------------------------------------------------
+
+
+def _stream(path: Path) -> Any:
+    return pa.input_stream(str(path), compression="detect")
+
+
+def _open_csv(path: Path, wanted: Wanted | None = None) -> Any:
+    options: dict[str, Any] = {
+        "null_values": [""],
+        "strings_can_be_null": True,
+        "quoted_strings_can_be_null": True,
+    }
+    if wanted is not None:
+        options["include_columns"] = [name for _, name in wanted.values()]
+        options["column_types"] = {name: column.type for column, name in wanted.values()}
+    return pa.csv.open_csv(
+        _stream(path),
+        read_options=pa.csv.ReadOptions(block_size=BATCH_BYTES),
+        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pa.csv.ConvertOptions(**options),
+    )
+
+
+def _batches(path: Path, kind: str, wanted: Wanted) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """Raw batches, and how many bytes of the file had been read when each came."""
+    size = path.stat().st_size
+    if kind == "parquet":
+        with pa.parquet.ParquetFile(path) as file:
+            total, rows = max(file.metadata.num_rows, 1), 0
+            for batch in file.iter_batches(BATCH_ROWS, columns=sorted({name for _, name in wanted.values()})):
+                rows += batch.num_rows
+                yield batch, size * rows // total
+        return
+    if kind == "csv":
+        reader = _open_csv(path, wanted)
+    else:
+        schema = pa.schema([(name, column.type) for column, name in wanted.values()])
+        reader = pa.json.open_json(
+            _stream(path),
+            read_options=pa.json.ReadOptions(block_size=BATCH_BYTES),
+            parse_options=pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+        )
+    read = 0
+    with reader:
+        for batch in reader:
+            read = min(read + BATCH_BYTES, size)
+            yield batch, read
+
+
+def _conform(path: Path, raw: pa.RecordBatch, wanted: Wanted, first: int) -> pa.RecordBatch:
+    """Columns renamed and cast to the schema's types."""
+    arrays = {}
+    for name, (column, source) in wanted.items():
+        array: Any = raw.column(raw.schema.get_field_index(source))
+        if pa.types.is_dictionary(array.type):
+            array = array.dictionary_decode()
+        if array.type != column.type:
+            try:
+                array = array.cast(column.type)
+            except pa.ArrowInvalid as error:
+                problem = (
+                    f"holds {array.type}, which does not read as {column.type}: {str(error).splitlines()[0]}"
+                )
+                raise RecordError(problem, path=path, field=source) from error
+            except pa.ArrowNotImplementedError as error:
+                problem = f"holds {array.type}, expected {column.type}"
+                raise RecordError(problem, path=path, row=first, field=source) from error
+        arrays[name] = array
+    return pa.RecordBatch.from_pydict(arrays)
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check(path: Path, batch: pa.RecordBatch, wanted: Wanted, first: int) -> None:
+    for name, (column, source) in wanted.items():
+        array: Any = batch.column(name)
+        if name in ("request_id", "model") and array.null_count:
+            row = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
+            raise RecordError("is missing", path=path, row=first + row, field=source)
+        if column.type == pa.float64():
+            _check_range(path, array, column, source, first)
+        elif pa.types.is_list(column.type):
+            flat = array.flatten().to_numpy(zero_copy_only=False)
+            if flat.size and not (np.isfinite(flat) & (flat >= 0)).all():
+                raise RecordError(
+                    "holds a loss that is negative or not finite", path=path, row=first, field=source
+                )
+
+
+def _check_range(path: Path, array: Any, column: Column, source: str, first: int) -> None:
+    known = ~array.is_null().to_numpy(zero_copy_only=False)
+    values = array.to_numpy(zero_copy_only=False)
+    low = -np.inf if column.low is None else column.low
+    high = np.inf if column.high is None else column.high
+    with np.errstate(invalid="ignore"):
+        bad = np.flatnonzero(known & ~(np.isfinite(values) & (values >= low) & (values <= high)))
+    if bad.size:
+        value = float(values[bad[0]])
+        bounds = f"between {low:g} and {high:g}" if np.isfinite(high) else f"finite and ≥ {low:g}"
+        hint = (
+            "divide by the scale's maximum"
+            if column.name == "quality" and value > 1
+            else "null means unknown"
+        )
+        raise RecordError(
+            f"is {value:g}, which must be {bounds}",
+            path=path,
+            row=first + int(bad[0]),
+            field=source,
+            hint=hint,
+        )
+
+
+# --- errors of the parsers --------------------------------------------------------------------------------------------
+
+
+def _translate(path: Path, kind: str, error: pa.ArrowException) -> RecordError:
+    text = str(error).splitlines()[0]
+    if "UTF8" in text or "UTF-8" in text:
+        return _not_text(path)
+    if kind == "parquet":
+        return RecordError(
+            f"is not a complete Parquet file: {text}",
+            path=path,
+            hint="was it cut off, or is it still being written?",
+        )
+    return RecordError(f"is not readable as {kind}: {text}", path=path)
+
+
+def _not_text(path: Path) -> RecordError:
+    """Which line is not UTF-8: read again only now that something is known to be wrong."""
+    with _stream(path) as stream:
+        tail, line = b"", 0
+        while chunk := stream.read(1 << 20):
+            *lines, tail = (tail + chunk).split(b"\n")
+            for number, text in enumerate(lines, line + 1):
+                try:
+                    text.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    return _bad_line(path, number, error)
+            line += len(lines)
+        try:
+            tail.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return _bad_line(path, line + 1, error)
+    return RecordError("is not UTF-8 text", path=path, hint="convert it: iconv -f LATIN1 -t UTF-8")
+
+
+def _bad_line(path: Path, line: int, error: UnicodeDecodeError) -> RecordError:
+    byte = error.object[error.start]
+    return RecordError(
+        f"line {line} is not UTF-8 (byte 0x{byte:02x})",
+        path=path,
+        hint="convert it: iconv -f LATIN1 -t UTF-8",
+    )

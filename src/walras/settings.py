@@ -1,0 +1,244 @@
+"""economy.toml: what tasks are worth, what may be spent, how late and how risky an answer may be.
+
+The models below are the one table of settings: their fields' descriptions are the help of the command line, the
+page docs/settings.md, and the validation.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from walras.errors import SettingsError, nearest
+from walras.prices import Constraint, Numeraire, Scope
+from walras.quantities import USD
+from walras.risk import CVaR, Expectation, MaxMin, RiskMeasure
+
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Group(_Table):
+    """Worth and limits of some tasks: everybody's at the top level, or one tenant's or class's."""
+
+    value: Amount | None = Field(None, description="V, what a task is worth: USD per unit of quality")
+    lambda0: Amount | None = Field(
+        None, description="λ₀, declared price of delay, USD per second (default 0)"
+    )
+    rho0: Amount | None = Field(
+        None, description="ρ₀, declared price of risk, USD per unit of risk (default 1)"
+    )
+    budget_usd: Amount | None = Field(None, description="Budget, mean USD per task")
+    budget_total_usd: Amount | None = Field(None, description="Budget, USD for all tasks together")
+    sla_s: Amount | None = Field(
+        None, description="SLA: mean seconds over served tasks, or a bound with sla_quantile"
+    )
+    sla_quantile: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Makes sla_s a quantile SLA: at least this share of served tasks within sla_s"
+    )
+    risk: Amount | None = Field(None, description="Risk envelope, mean risk per task (USD of expected loss)")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Group:
+        if self.budget_usd is not None and self.budget_total_usd is not None:
+            raise ValueError("give budget_usd (per task) or budget_total_usd (sum), not both")
+        if self.sla_quantile is not None and not self.sla_s:
+            raise ValueError("sla_quantile needs sla_s > 0, the bound it is about")
+        return self
+
+
+class Tenant(Group):
+    """One tenant's own worth and limits."""
+
+    forbidden_models: tuple[str, ...] = Field(
+        (), description="Models no price can buy for this tenant [Z-LEX]"
+    )
+
+
+class TaskClass(Group):
+    """One task class's own worth and limits."""
+
+    forbidden_models: tuple[str, ...] = Field(
+        (), description="Models no price can buy for this class [Z-LEX]"
+    )
+
+
+class Resource(_Table):
+    """An amount per use besides money, read from a column of the log."""
+
+    column: str = Field(description="Column of the log that holds the amount")
+    price_usd: Amount = Field(0.0, description="Declared price, USD per unit")
+    limit: Amount | None = Field(None, description="Most of it per task (mean)")
+    hard: bool = Field(False, description="An absolute cap [Z-LEX]: met first, never relaxed")
+
+
+class Economy(Group):
+    """Everything an operator declares."""
+
+    value_column: str | None = Field(None, description="Column of the log that holds each task's value")
+    defer: bool = Field(True, description="Whether a task may get no use at all, at surplus 0")
+    baseline: str | None = Field(
+        None, description="What is audited: a model's name, or 'realised' for the choices in the log"
+    )
+    numeraire: Numeraire = Field(
+        "usd", description="'usd' (money counts itself) or 'compute' (the pure form)"
+    )
+    risk_measure: Literal["expectation", "cvar", "max-min"] = Field(
+        "expectation", description="How losses by scenario are valued [Z-K]"
+    )
+    risk_alpha: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="α of risk_measure 'cvar'")
+    risk_beliefs: tuple[tuple[float, ...], ...] | None = Field(
+        None, description="Scenario distributions of risk_measure 'max-min', one row each"
+    )
+    risk_over: Literal["use", "portfolio"] = Field(
+        "use",
+        description="Whether the measure values each use (conservative) or the envelope's whole portfolio",
+    )
+    tenants: dict[str, Tenant] = Field(default_factory=dict, description="Tables by tenant")
+    classes: dict[str, TaskClass] = Field(default_factory=dict, description="Tables by task class")
+    resources: dict[str, Resource] = Field(default_factory=dict, description="Tables by resource")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Names of the log's columns: schema column = column of the log"
+    )
+
+    @model_validator(mode="after")
+    def _measure_complete(self) -> Economy:
+        if self.risk_measure == "max-min" and not self.risk_beliefs:
+            raise ValueError("risk_measure 'max-min' needs risk_beliefs")
+        if USD in self.resources:
+            raise ValueError("the resource 'usd' is the column cost_usd; use budget_usd")
+        return self
+
+    @property
+    def measure(self) -> RiskMeasure:
+        """The risk measure that was asked for."""
+        match self.risk_measure:
+            case "cvar":
+                return CVaR(self.risk_alpha)
+            case "max-min":
+                return MaxMin(self.risk_beliefs or ())
+            case "expectation":
+                return Expectation()
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether losses by scenario are read at all."""
+        return self.risk_measure != "expectation"
+
+    def declared(self) -> tuple[tuple[str, float], ...]:
+        """Declared USD per unit of each resource, money first."""
+        return ((USD, 1.0), *((name, r.price_usd) for name, r in self.resources.items()))
+
+    def constraints(self, tasks_in: dict[Scope, float]) -> list[Constraint]:
+        """The rows these settings ask for. `tasks_in` gives how many tasks a scope holds (budgets given as sums)."""
+        rows: list[Constraint] = []
+        scopes: list[tuple[Scope, Group]] = [(Scope(), self)]
+        scopes += [(Scope(tenant=name), group) for name, group in self.tenants.items()]
+        scopes += [(Scope(task_class=name), group) for name, group in self.classes.items()]
+        for scope, group in scopes:
+            rows += self._rows(scope, group, tasks_in.get(scope, 0.0))
+        for name, resource in self.resources.items():
+            if resource.limit is not None:
+                rows.append(Constraint("budget", resource.limit, resource=name, hard=resource.hard))
+        return rows
+
+    def _rows(self, scope: Scope, group: Group, tasks: float) -> list[Constraint]:
+        rows = []
+        budget = group.budget_usd
+        if group.budget_total_usd is not None and tasks:
+            budget = group.budget_total_usd / tasks
+        if budget is not None:
+            rows.append(Constraint("budget", budget, scope))
+        if group.sla_s is not None and group.sla_quantile is None:
+            rows.append(Constraint("mean_sla", group.sla_s, scope))
+        elif group.sla_s is not None and group.sla_quantile is not None:
+            rows.append(Constraint("quantile_sla", 1 - group.sla_quantile, scope, seconds=group.sla_s))
+        if group.risk is not None and self.risk_over == "portfolio" and self.needs_losses:
+            rows.append(Constraint("portfolio_envelope", group.risk, scope, measure=self.measure))
+        elif group.risk is not None:
+            rows.append(Constraint("risk_envelope", group.risk, scope))
+        return rows
+
+
+def load_economy(path: Path | None, overrides: dict[str, Any]) -> Economy:
+    """Settings from a file, if any, with `overrides` (the command line) on top; None overrides nothing.
+
+    Raises:
+        SettingsError: unreadable file, unknown key (with the nearest known one), or a value out of range.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SettingsError(f"cannot be read: {error.strerror}", key=str(path)) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SettingsError(f"is not TOML: {error}", key=str(path)) from error
+    given = {key: value for key, value in overrides.items() if value is not None}
+    # The command line may state the same limit in the other unit: the file's one gives way.
+    for a, b in (("budget_usd", "budget_total_usd"), ("budget_total_usd", "budget_usd")):
+        if a in given and b not in given:
+            data.pop(b, None)
+    data["columns"] = {**data.get("columns", {}), **given.pop("columns", {})}
+    try:
+        return Economy.model_validate({**data, **given})
+    except ValidationError as error:
+        raise _explain(error, path) from error
+
+
+def _explain(error: ValidationError, path: Path | None) -> SettingsError:
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    key = f"{path}: {'.'.join(where)}" if path and where else (str(path) if path else "--" + "-".join(where))
+    if first["type"] == "extra_forbidden":
+        table: type[BaseModel] = Economy
+        tables: dict[str, type[BaseModel]] = {"tenants": Tenant, "classes": TaskClass, "resources": Resource}
+        for part in where[:-1]:
+            table = tables.get(part, table)
+        return SettingsError("unknown setting", key=key, hint=nearest(where[-1], table.model_fields))
+    return SettingsError(
+        first["msg"].removeprefix("Value error, "), key=key if where else str(path or "settings")
+    )
+
+
+def settings_rows() -> list[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of every setting, tables included: the docs page and `walras settings`."""
+    rows = _describe(Economy, "")
+    for prefix, table in (
+        ("tenants.NAME.", Tenant),
+        ("classes.NAME.", TaskClass),
+        ("resources.NAME.", Resource),
+    ):
+        rows += _describe(table, prefix)
+    return rows
+
+
+def _describe(table: type[BaseModel], prefix: str) -> list[tuple[str, str, str, str]]:
+    rows = []
+    properties = table.model_json_schema()["properties"]
+    for name, info in table.model_fields.items():
+        schema = properties[name]
+        types = [s.get("type", "table") for s in schema.get("anyOf", [schema])]
+        choices = schema.get("enum")
+        kind = " | ".join(map(str, choices)) if choices else " | ".join(t for t in types if t != "null")
+        empty = (
+            info.is_required()
+            or info.default is None
+            or info.default_factory is not None
+            or info.default == ()
+        )
+        default = (
+            ""
+            if empty
+            else str(info.default).lower()
+            if isinstance(info.default, bool)
+            else str(info.default)
+        )
+        rows.append((prefix + name, kind.replace("object", "table"), default, info.description or ""))
+    return rows
