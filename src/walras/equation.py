@@ -58,13 +58,14 @@ def surplus(
         for resource, price in declared:
             if price:
                 worth = worth - price * uses.amount(resource)
-        # A column nobody filled is a broadcast zero: skip the pass over it.
+        # A column nobody filled is a broadcast zero (zero strides): skip the pass over it.
         for price_of, amount in (
             (tasks.latency_price, uses.seconds),
             (tasks.risk_price, uses.risk),
             (tasks.irreversible_price, uses.irreversible_risk),
         ):
-            if amount.strides != (0, 0) and price_of.any():
+            empty = amount.strides == (0, 0) and not amount[:1, :1].any()
+            if not empty and price_of.any():
                 worth = worth - price_of[:, None] * amount
     return np.where(uses.allowed, worth, -np.inf)
 

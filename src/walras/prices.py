@@ -42,6 +42,12 @@ class Scope:
     task_class: str | None = None
     window: tuple[float, float] | None = None
 
+    def __post_init__(self) -> None:
+        if self.window is not None and not (
+            np.isfinite(self.window).all() and self.window[0] < self.window[1]
+        ):
+            raise SettingsError(f"a time window must be finite and end after its start, got {self.window}")
+
     def members(self, tasks: Tasks) -> BoolArray | None:
         """Which tasks it covers, (N,); None when it covers all."""
         masks: list[BoolArray] = []
@@ -266,7 +272,7 @@ def _price(data: dict[str, Any]) -> Price:
     row["scope"] = Scope(
         row["scope"]["tenant"], row["scope"]["task_class"], window and (window[0], window[1])
     )
-    row["density"] = row["density"] and tuple(row["density"])
+    row["density"] = None if row["density"] is None else tuple(row["density"])
     row["measure"] = _measure(row["measure"])
     return Price(Constraint(**row), data["multiplier"], data["pinned"])
 

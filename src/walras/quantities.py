@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,7 +66,7 @@ class Tasks:
     def __post_init__(self) -> None:
         n = self.value.shape[0]
         for name in ("value", "latency_price", "risk_price", "irreversible_price", "weight"):
-            column = np.broadcast_to(np.asarray(getattr(self, name), dtype=np.float64), (n,))
+            column = _to_shape(np.asarray(getattr(self, name), dtype=np.float64), (n,), f"tasks: {name}")
             object.__setattr__(self, name, column)
             bad = np.flatnonzero(~(np.isfinite(column) & (column >= 0)))
             if bad.size:
@@ -76,6 +77,9 @@ class Tasks:
             raise QuantityError("tasks: every weight must be > 0")
         if self.time is not None and self.time.shape != (n,):
             raise QuantityError(f"tasks: time has shape {self.time.shape}, expected ({n},)")
+        for name, labels in (("tenant", self.tenant), ("class", self.task_class)):
+            if labels is not None and labels.codes.shape != (n,):
+                raise QuantityError(f"tasks: {name} has shape {labels.codes.shape}, expected ({n},)")
 
     def __len__(self) -> int:
         return int(self.value.shape[0])
@@ -119,6 +123,8 @@ class Uses:
     """False masks a use that no price can buy [Z-LEX], or whose outcome is unknown."""
 
     def __post_init__(self) -> None:
+        if self.quality.ndim != 2:
+            raise QuantityError(f"uses: quality has shape {self.quality.shape}, expected (tasks, uses)")
         n, i = self.quality.shape
         if len(self.names) != i:
             raise QuantityError(f"uses: {len(self.names)} names for {i} columns")
@@ -128,11 +134,17 @@ class Uses:
             )
         if self.losses is not None and self.losses.shape[:2] != (n, i):
             raise QuantityError(f"uses: losses has shape {self.losses.shape}, expected ({n}, {i}, S)")
-        object.__setattr__(self, "allowed", np.broadcast_to(self.allowed, (n, i)))
-        for name in ("seconds", "risk", "irreversible_risk"):
-            object.__setattr__(self, name, np.broadcast_to(getattr(self, name), (n, i)))
-        for name in ("quality", "seconds", "risk", "irreversible_risk", "amounts"):
-            column = getattr(self, name)
+        for name in ("allowed", "seconds", "risk", "irreversible_risk"):
+            object.__setattr__(self, name, _to_shape(getattr(self, name), (n, i), f"uses: {name}"))
+        late = {s: _to_shape(share, (n, i), f"uses: late[{s:g}]") for s, share in self.late.items()}
+        object.__setattr__(self, "late", late)
+        columns = {
+            c: getattr(self, c) for c in ("quality", "seconds", "risk", "irreversible_risk", "amounts")
+        }
+        columns |= {f"late[{s:g}]": share for s, share in late.items()}
+        if self.losses is not None:
+            columns["losses"] = self.losses
+        for name, column in columns.items():
             if np.isfinite(column).all():
                 continue
             finite = np.isfinite(column).reshape(n, i, -1).all(axis=2)
@@ -201,6 +213,13 @@ class Uses:
             raise QuantityError("uses: a risk measure other than the expectation needs losses by scenario")
         known = np.where(self.allowed[:, :, None], self.losses, 0.0)
         return replace(self, risk=risk_of(known, measure))
+
+
+def _to_shape(column: NDArray[Any], shape: tuple[int, ...], what: str) -> NDArray[Any]:
+    try:
+        return np.broadcast_to(column, shape)
+    except ValueError:
+        raise QuantityError(f"{what} has shape {column.shape}, expected {shape}") from None
 
 
 def whole_plans(increments: Uses) -> Uses:

@@ -35,6 +35,8 @@ class Attainable:
     """What it really took out of each constraint: estimates may err, so a bound can be missed a little."""
     shares: FloatArray
     """Probability of each use, (N, I + 1); the last column is deferring."""
+    multipliers: FloatArray
+    """Mean price of each constraint over the folds, (K,): what it is worth to a policy without hindsight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +61,40 @@ def attainable_policy(case: Case, seed: int = 0) -> Attainable | None:
     fold = np.random.default_rng(seed).permutation(n) % FOLDS
     classes = _classes(case)
     shares = np.zeros((n, i + 1))
+    multipliers = np.zeros(len(case.constraints))
     for k in range(FOLDS):
         held_out, rest = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
         try:
-            shares[held_out] = _allocate(case, held_out, rest, classes)
+            shares[held_out], found = _allocate(case, held_out, rest, classes)
         except InfeasibleError:
             return None
-    true = np.nan_to_num(
-        surplus(case.tasks, replace(case.uses, allowed=np.ones(1, dtype=np.bool_)), case.economy.declared())
-    )
+        multipliers += found / FOLDS
+    true = surplus(case.tasks, case.uses, case.economy.declared(), case.economy.numeraire)
     mix = _mix_of(shares)
     return Attainable(
-        surplus=bootstrap_mean((shares[:, :-1] * true).sum(axis=1), seed),
+        surplus=bootstrap_mean(_expected(shares, true), seed),
         usage=tuple(measure_usage(case.tasks, case.uses, c, mix) for c in case.constraints),
         shares=shares,
+        multipliers=multipliers,
     )
+
+
+def _expected(shares: FloatArray, values: FloatArray) -> FloatArray:
+    """Expected value of each task, (N,); a use without a share may be forbidden (−∞)."""
+    expected: FloatArray = np.where(shares[:, :-1] > 0, shares[:, :-1] * values, 0.0).sum(axis=1)
+    return expected
+
+
+def gain_at_prices(case: Case, prices: Prices, policy: Attainable, net: FloatArray) -> FloatArray:
+    """What each task gains at the discovered prices when the policy replaces the audited choice, (N,), USD.
+
+    A switch that frees a scarce budget is credited for it, one that overdraws it is charged.
+
+    Args:
+        net: net value of each audited choice at the same prices, (N,).
+    """
+    gain: FloatArray = _expected(policy.shares, net_value(case.tasks, case.uses, prices)) - net
+    return gain
 
 
 def _classes(case: Case) -> IntArray:
@@ -81,11 +102,13 @@ def _classes(case: Case) -> IntArray:
     return np.zeros(len(case.tasks), dtype=np.int64) if labels is None else labels.codes - labels.codes.min()
 
 
-def _allocate(case: Case, held_out: IntArray, rest: IntArray, classes: IntArray) -> FloatArray:
-    """Shares for the held-out tasks, (M, I + 1), from estimates made on the rest."""
+def _allocate(
+    case: Case, held_out: IntArray, rest: IntArray, classes: IntArray
+) -> tuple[FloatArray, FloatArray]:
+    """Shares for the held-out tasks, (M, I + 1), and prices, (K,), from estimates made on the rest."""
     estimated = _estimate(case, rest, classes)
     tasks = case.tasks.take(held_out)
-    uses = replace(_by_class(estimated, classes[held_out]), allowed=case.uses.allowed[held_out])
+    uses = replace(estimated.take(classes[held_out]), allowed=case.uses.allowed[held_out])
     # Tasks that look the same to the policy are one task with a weight: fewer rows, and no ties to break.
     seen = [classes[held_out], tasks.value, tasks.latency_price, tasks.risk_price]
     seen += [_codes(tasks.tenant, held_out.size), *np.packbits(uses.allowed, axis=1).T]
@@ -96,12 +119,16 @@ def _allocate(case: Case, held_out: IntArray, rest: IntArray, classes: IntArray)
     )
     small = replace(tasks.take(first), weight=count.astype(np.float64))
     cleared = discover(
-        small, uses.take(first), case.constraints, defer=case.economy.defer, declared=case.economy.declared()
+        small,
+        uses.take(first),
+        case.constraints,
+        defer=case.economy.defer,
+        numeraire=case.economy.numeraire,
+        declared=case.economy.declared(),
     )
     shares = np.zeros((first.size, uses.shape[1] + 1))
     shares[cleared.mix.task, cleared.mix.use] = cleared.mix.share  # DEFER = −1 is the last column
-    out: FloatArray = shares[row.ravel()]
-    return out
+    return shares[row.ravel()], cleared.multipliers
 
 
 def _codes(labels: Labels | None, n: int) -> IntArray:
@@ -129,10 +156,6 @@ def _estimate(case: Case, rows: IntArray, classes: IntArray) -> Uses:
     )
 
 
-def _by_class(estimated: Uses, classes: IntArray) -> Uses:
-    return estimated.take(classes)
-
-
 def _mix_of(shares: FloatArray) -> Mix:
     task, column = np.nonzero(shares)
     use = np.where(column == shares.shape[1] - 1, DEFER, column)
@@ -140,20 +163,12 @@ def _mix_of(shares: FloatArray) -> Mix:
 
 
 def best_changes(
-    case: Case, prices: Prices, policy: Attainable, most: int = 3, seed: int = 0
+    case: Case, policy: Attainable, gain: FloatArray, most: int = 3, seed: int = 0
 ) -> list[Change]:
     """The switches worth most: for tasks of one tenant and class with one audited use, what the policy does instead.
 
-    Gains are the held-out net value at `prices`, so a switch that frees a scarce budget is credited for it. Only those
-    whose interval stays above 0 are returned.
+    Only those whose held-out gain (see `gain_at_prices`) has an interval above 0 are returned.
     """
-    values = np.nan_to_num(
-        net_value(case.tasks, replace(case.uses, allowed=np.ones(1, dtype=np.bool_)), prices)
-    )
-    got = np.where(
-        case.chosen == DEFER, 0.0, np.take_along_axis(values, np.maximum(case.chosen, 0)[:, None], 1)[:, 0]
-    )
-    gain = (policy.shares[:, :-1] * values).sum(axis=1) - got
     found = []
     for tenant, task_class, use, members in _groups(case):
         instead = policy.shares[members].mean(axis=0)

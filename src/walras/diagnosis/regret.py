@@ -72,6 +72,8 @@ class Regret:
     """Ex-post best use at the prices, (N,), `DEFER` where none is worth it."""
     chosen: Terms
     """The audited choices taken apart, each (N,): V·ΔQ, π_C·ΔC, π_L·ΔL, π_R·ΔR."""
+    net: FloatArray
+    """Net value of the audited choices at the prices, (N,)."""
     overall: Mean
     by_tenant: tuple[Row, ...]
     by_class: tuple[Row, ...]
@@ -103,6 +105,7 @@ def measure_regret(case: Case, prices: Prices, seed: int = 0) -> Regret:
         per_task=regret,
         best=best.use,
         chosen=chosen,
+        net=got,
         overall=bootstrap_mean(regret, seed),
         by_tenant=_rows(regret, by_label(case.tasks.tenant), seed),
         by_class=_rows(regret, by_label(case.tasks.task_class), seed),

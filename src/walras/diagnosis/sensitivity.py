@@ -18,6 +18,7 @@ from walras.risk import FloatArray
 SAMPLE = 10_000
 """Tasks on which re-solved answers are computed; more would not change a digit anybody reads."""
 RESAMPLES = 40
+RESAMPLE_TASKS = 2_000
 QUALITY_NOISE = 0.1
 """Standard deviation of the error put on every quality, in units of quality."""
 
@@ -113,12 +114,12 @@ def multiplier_intervals(
     bootstrap). It is what the prices would have been on another log of the same kind.
     """
     n = len(case.tasks)
-    m = min(n, SAMPLE // 2)
+    m = min(n, RESAMPLE_TASKS)
     rng = np.random.default_rng(seed)
     draws = []
     for _ in range(RESAMPLES):
         try:
-            draws.append(solve(case.take(rng.integers(0, n, m))).multipliers)
+            draws.append(solve(case.take(rng.integers(0, n, m)), np.asarray(multipliers)).multipliers)
         except InfeasibleError:
             continue  # without deferring, a resample may not fit a tight bound
     if len(draws) < RESAMPLES // 2:
@@ -152,11 +153,13 @@ def surplus_curve(case: Case, spent: float, points: int = 13) -> Curve:
         np.concatenate((least + (top - least) * np.linspace(0, 1, points) ** 2, declared, [most]))
     )
     budgets, surpluses, prices = [], [], []
+    start: FloatArray | None = None
     for budget in grid[grid >= least * (1 + 1e-9)]:
         try:
-            cleared = solve(replace(case, constraints=(Constraint("budget", float(budget)), *others)))
+            cleared = solve(replace(case, constraints=(Constraint("budget", float(budget)), *others)), start)
         except InfeasibleError:
             continue
+        start = cleared.multipliers
         budgets.append(float(budget))
         surpluses.append(cleared.certificate.objective)
         prices.append(float(cleared.multipliers[0]))

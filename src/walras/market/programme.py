@@ -74,7 +74,8 @@ class Programme:
                 inside = np.flatnonzero(np.isin(rows, charge.tasks, assume_unique=True))
                 at = np.searchsorted(charge.tasks, rows[inside])
                 charges.append(Charge(charge.per_use[at], inside))
-                limits[k] = self.limits[k] * weight[inside].sum() / self.weight[charge.tasks].sum()
+                # A scope may hold no task at all (a tenant who was idle): its weight is then 0, and so is its share.
+                limits[k] = self.limits[k] * weight[inside].sum() / (self.weight[charge.tasks].sum() or 1.0)
         return Programme(self.worth[rows], charges, limits, weight, self.defer)
 
 

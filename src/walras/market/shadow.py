@@ -156,6 +156,7 @@ def discover(
         cuts += broken
     assert solution is not None
     solution = _zero_slack_prices(programme, solution)
+    constraints = _at_their_densities(tasks, uses, constraints, solution.mix)
     prices = Prices(_prices(constraints, rows, cuts, solution.multipliers), tuple(declared), numeraire)
     if numeraire == "compute":
         prices.normalised()  # raises when compute has no price
@@ -260,12 +261,20 @@ def _infeasible(
     others = [constraints[j].name for j in met]
     given = f" given {' and '.join(others)}" if others else ""
     return InfeasibleError(
-        f"infeasible: {row.name} cannot be met{given}; the least bound that would do is {least:.5g} "
+        f"infeasible: {row.name} cannot be met{given}; the least bound that would do is {_round_up(least):.4g} "
         f"({'a hard constraint: it is not relaxed' if row.hard else 'raise it, or let tasks be deferred'})",
         constraint=row.name,
         bound=row.bound,
         least=least,
     )
+
+
+def _round_up(bound: float) -> float:
+    """To four digits, so that the number people read is one that works."""
+    if bound <= 0:
+        return 0.0
+    unit = 10.0 ** (np.floor(np.log10(bound)) - 3)
+    return float(np.ceil(bound / unit * (1 - 1e-12)) * unit)
 
 
 # --- portfolio envelopes ------------------------------------------------------------------------------------------
@@ -285,7 +294,7 @@ def _scenario_totals(tasks: Tasks, uses: Uses, constraint: Constraint, mix: Mix)
     keep = (mix.use != DEFER) & inside[mix.task]
     losses = uses.losses[mix.task[keep], mix.use[keep]]
     shares = tasks.weight[mix.task[keep]] * mix.share[keep]
-    totals: FloatArray = shares @ losses / tasks.weight[inside].sum()
+    totals: FloatArray = shares @ losses / (tasks.weight[inside].sum() or 1.0)
     return totals
 
 
@@ -301,6 +310,19 @@ def _broken_envelopes(
         if density @ totals > constraint.bound * (1 + 1e-9) + 1e-15:
             broken.append((position, replace(constraint, density=tuple(map(float, density)))))
     return broken
+
+
+def _at_their_densities(
+    tasks: Tasks, uses: Uses, constraints: Sequence[Constraint], mix: Mix
+) -> list[Constraint]:
+    """The constraints, each envelope with the weights its losses have under `mix`: even a slack one can be charged."""
+    out = []
+    for constraint in constraints:
+        if constraint.kind == "portfolio_envelope" and constraint.measure is not None:
+            density = constraint.measure.density(_scenario_totals(tasks, uses, constraint, mix))
+            constraint = replace(constraint, density=tuple(map(float, density)))  # noqa: PLW2901
+        out.append(constraint)
+    return out
 
 
 def _prices(
@@ -325,9 +347,7 @@ def _prices(
         if total > 0:
             mean = sum(m * np.asarray(density) for m, density in mine) / total
             constraint = replace(constraint, density=tuple(map(float, mean)))  # noqa: PLW2901
-            out.append(Price(constraint, total))
-        else:
-            out.append(Price(replace(constraint, density=()), 0.0))
+        out.append(Price(constraint, total))
     return tuple(out)
 
 

@@ -1,0 +1,276 @@
+"""The command line: thin verbs over the package.
+
+Exit codes: 0 done · 1 a bug in Walras · 2 wrong usage · 3 unreadable records · 4 bad settings · 5 infeasible or no
+numéraire · 6 not certified · 7 a result could not be written · 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from walras.diagnosis.audit import audit_log, price_log
+from walras.diagnosis.contract import audit_data, prices_data, to_json
+from walras.diagnosis.terminal import audit_screen, prices_screen
+from walras.errors import OutputError, SettingsError, WalrasError, nearest
+from walras.records import COLUMNS, Log, read_log
+from walras.settings import Economy, load_economy, settings_rows
+from walras.simulate.sample import write_sample
+
+app = typer.Typer(
+    help="Prices for agentic AI platforms: what each constraint is worth, and where tokens were misallocated.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog=(__doc__ or "").split("\n\n")[1].replace("\n", " "),
+)
+out, err = Console(), Console(stderr=True)
+
+
+Logs = Annotated[
+    list[Path], typer.Argument(help="Records: .parquet, .csv or .jsonl, one row per (request, model)")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print plain data instead of tables")]
+Html = Annotated[Path | None, typer.Option(help="Also write a self-contained HTML report")]
+Seed = Annotated[int, typer.Option(help="Seed of the resampling", min=0)]
+
+ECONOMY_OPTIONS: dict[str, Any] = {
+    "value": float,
+    "value_column": str,
+    "budget_usd": float,
+    "budget_total_usd": float,
+    "sla_s": float,
+    "sla_quantile": float,
+    "risk": float,
+    "risk_measure": Literal["expectation", "cvar", "max-min"],
+    "risk_alpha": float,
+    "risk_over": Literal["use", "portfolio"],
+    "lambda0": float,
+    "rho0": float,
+    "defer": bool,
+    "numeraire": Literal["usd", "compute"],
+    "baseline": str,
+}
+"""Settings that are options too; the other ones (tables by tenant, class, resource) live in the file."""
+
+
+def takes_economy(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option per setting, with the setting's own help; it gets the whole as `economy`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        options = {
+            "settings": (
+                Path,
+                typer.Option(help="Settings file, economy.toml; options given here override it"),
+            ),
+            "map_": (
+                list[str],
+                typer.Option("--map", help="NAME=COLUMN: the log's column for a schema column"),
+            ),
+        }
+        for key, kind in ECONOMY_OPTIONS.items():
+            if key not in without:
+                options[key] = (kind, typer.Option(help=Economy.model_fields[key].description))
+        shared = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+            )
+            for name, (kind, option) in options.items()
+        ]
+
+        def run(**given: Any) -> None:
+            chosen = {name: given.pop(name) for name in options}
+            command(economy=_economy(chosen), **given)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name != "economy"]
+        everything = [*parameters[:1], *shared, *parameters[1:]]
+        run.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]  # what typer reads
+        run.__annotations__ = {p.name: p.annotation for p in everything}
+        return run
+
+    return decorate
+
+
+@app.command()
+@takes_economy()
+def audit(logs: Logs, economy: Economy, json: Json = False, html: Html = None, seed: Seed = 0) -> None:
+    """What a log's constraints are worth, what each request cost, and what was left on the table."""
+    if html is not None:
+        _check_writable(html)
+    log = _read(logs, economy)
+    with _steps() as on_step:
+        result = audit_log(log, economy, seed=seed, on_step=on_step)
+    title = _title(logs)
+    if html is not None:
+        from walras.diagnosis.html import write_html  # noqa: PLC0415 - plotly takes a second to import
+
+        write_html(result, html, title)
+    if json:
+        typer.echo(to_json(audit_data(result)))
+        return
+    out.print(audit_screen(result, f"audit of {title}"))
+    if html is not None:
+        out.print(f"Report: {html}", style="green", markup=False)
+
+
+@app.command()
+@takes_economy("baseline")
+def prices(logs: Logs, economy: Economy, json: Json = False) -> None:
+    """The price of each constraint, with its certificate; nothing else."""
+    log = _read(logs, economy)
+    with _steps() as on_step:
+        case, clearing = price_log(log, economy, lambda number, gap: on_step(f"pass {number}, gap {gap:.1e}"))
+    if json:
+        typer.echo(to_json(prices_data(case, clearing)))
+    else:
+        out.print(prices_screen(case, clearing, f"prices of {_title(logs)}"))
+
+
+@app.command()
+def sample(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write: .parquet, .csv or .jsonl")],
+    tasks: Annotated[int, typer.Option(help="How many requests", min=1)] = 2000,
+    seed: Annotated[int, typer.Option(help="Same seed, same log", min=0)] = 0,
+) -> None:
+    """Write a synthetic sample log: realistic in shape, all of it drawn from tables in the code."""
+    with _bar("writing", tasks) as advance, _writing(output):
+        write_sample(output, tasks, seed, advance)
+    err.print(f"{output}: a synthetic log of {tasks:,} requests (seed {seed})", markup=False, highlight=False)
+
+
+@app.command()
+def settings() -> None:
+    """Every setting of economy.toml and its meaning, as a Markdown table."""
+    lines = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for row in settings_rows():
+        key, *rest = (cell.replace("|", "\\|") for cell in row)
+        lines.append(f"| `{key}` | " + " | ".join(rest) + " |")
+    typer.echo("\n".join(lines))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"walras {version('walras')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version")
+    ] = False,
+) -> None:
+    pass
+
+
+# --- from options to work -------------------------------------------------------------------------------------------
+
+
+def _economy(options: dict[str, Any]) -> Economy:
+    """Settings from the file, with the options of a command on top."""
+    path, mapping = options.pop("settings"), options.pop("map_")
+    return load_economy(path, {**options, "columns": dict(_mapping(item) for item in mapping or ())})
+
+
+def _mapping(item: str) -> tuple[str, str]:
+    name, equals, column = item.partition("=")
+    if not (name and equals and column):
+        raise SettingsError(f"'{item}' is not NAME=COLUMN", key="--map")
+    known = [c.name for c in COLUMNS]
+    if name not in known:
+        raise SettingsError(f"'{name}' is not a column of the schema", key="--map", hint=nearest(name, known))
+    return name, column
+
+
+def _read(paths: list[Path], economy: Economy) -> Log:
+    names = dict(economy.columns)
+    if economy.value_column:
+        names["value_usd"] = economy.value_column
+    extra = [resource.column for resource in economy.resources.values()]
+    with _bar("reading", sum(p.stat().st_size for p in paths if p.is_file()), of_bytes=True) as advance:
+        done = 0
+
+        def on_rows(_: int, read: int) -> None:
+            nonlocal done
+            advance(max(read - done, 0))
+            done = read
+
+        return read_log(paths, names=names, extra=extra, losses=economy.needs_losses, on_rows=on_rows)
+
+
+def _title(paths: list[Path]) -> str:
+    return paths[0].name if len(paths) == 1 else f"{paths[0].name} and {len(paths) - 1} more"
+
+
+@contextmanager
+def _bar(what: str, total: int, *, of_bytes: bool = False) -> Iterator[Any]:
+    """A progress bar on stderr, shown only on a terminal; yields a function that advances it."""
+    columns = [
+        TextColumn(what),
+        BarColumn(),
+        DownloadColumn() if of_bytes else TextColumn("{task.completed:,}"),
+    ]
+    with Progress(
+        *columns, TimeElapsedColumn(), console=err, transient=True, disable=not err.is_terminal
+    ) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda step: bar.advance(task, step)
+
+
+@contextmanager
+def _steps() -> Iterator[Any]:
+    """A spinner with the current step; yields a function that names it."""
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda step: bar.update(task, description=step)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _check_writable(path: Path) -> None:
+    """Fail before the work, not after it."""
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: cannot be written: no folder '{path.parent}'")
+
+
+def main() -> None:
+    """Entry point: errors become one line on stderr and an exit code."""
+    try:
+        app()
+    except WalrasError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except MemoryError:
+        _fail("out of memory; audit fewer files at a time, or leave out the scenario columns", 1)
+    except Exception as error:
+        if os.environ.get("WALRAS_DEBUG"):
+            raise
+        _fail(f"a bug in Walras: {type(error).__name__}: {error} (WALRAS_DEBUG=1 shows where)", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    err.print(f"walras: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)

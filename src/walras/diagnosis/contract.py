@@ -1,0 +1,240 @@
+"""The audit as plain data: the contract of `--json` for scripts. Amounts are USD means per task unless named otherwise."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from walras.diagnosis.audit import Audit
+from walras.diagnosis.case import Case
+from walras.diagnosis.regret import Mean, Row
+from walras.diagnosis.sensitivity import Scenario
+from walras.market.shadow import Clearing, Usage
+from walras.prices import Layer, Scope
+from walras.quantities import USD
+from walras.risk import FloatArray
+
+LAYERS: tuple[Layer, ...] = ("compute", "latency", "risk")
+
+
+def prices_data(case: Case, clearing: Clearing) -> dict[str, Any]:
+    """What `walras prices --json` prints, and the first part of an audit's."""
+    return {
+        "n_tasks": len(case.tasks),
+        "prices": {layer: _price(case, clearing, layer) for layer in LAYERS},
+        "multipliers": {layer: clearing.prices.multiplier(layer) for layer in LAYERS},
+        "constraints": [_constraint(usage) for usage in clearing.usage],
+        "certificate": _certificate(clearing),
+        "price_vector": json.loads(clearing.prices.to_json()),
+        "passes": clearing.passes,
+        "seconds": clearing.seconds,
+        "left_out": case.left_out,
+        "synthetic": case.synthetic,
+        "notes": list(case.notes),
+    }
+
+
+def audit_data(audit: Audit) -> dict[str, Any]:
+    """What `walras audit --json` prints."""
+    case, regret = audit.case, audit.regret
+    data = prices_data(case, audit.clearing)
+    for row, today, interval in zip(data["constraints"], audit.realised.usage, audit.intervals, strict=True):
+        row |= {"used_by_baseline": today.used, "multiplier_ci": interval}
+    fixed, policy = audit.best_fixed, audit.attainable
+    data |= {
+        "baseline": case.baseline,
+        "complete": case.complete,
+        "best_fixed": fixed
+        and {"use": case.uses.names[fixed.use], "surplus": fixed.surplus, "feasible": fixed.feasible},
+        "attainable": policy
+        and {
+            "surplus": policy.surplus.mean,
+            "ci": policy.surplus.ci,
+            "gap_closed": _gap_closed(audit),
+            "gain_at_prices": audit.attainable_gain and _mean(audit.attainable_gain),
+            "multipliers": {
+                u.constraint.name: float(mu) for u, mu in zip(policy.usage, policy.multipliers, strict=True)
+            },
+            "used": {usage.constraint.name: usage.used for usage in policy.usage},
+            "kind": "cross-fitted on class and value, scored on held-out tasks",
+        },
+        "oracle": None
+        if audit.oracle is None
+        else {"surplus": audit.oracle, "kind": "ex post, luck included"},
+        "oracle_with_defer": {"surplus": audit.oracle_with_defer, "kind": "ex post, luck included"},
+        "realised": _realised(audit),
+        "regret": _mean(regret.overall)
+        | {
+            "total": float(regret.per_task.sum()),
+            "surplus_not_earned": audit.clearing.certificate.objective - audit.realised.surplus.mean,
+            "overdrawn_at_prices": regret.overall.mean
+            - (audit.clearing.certificate.objective - audit.realised.surplus.mean),
+            "by_tenant": [_row(row) for row in regret.by_tenant],
+            "by_class": [_row(row) for row in regret.by_class],
+            "by_value_decile": [_row(row) for row in regret.by_value_decile],
+            "value_correlation": regret.value_correlation,
+            "top_decile_share": regret.top_decile_share,
+        },
+        "failures": {
+            f.label: {"name": f.name, "tasks": f.tasks, **_mean(f.per_task), "total": f.total}
+            for f in regret.failures
+        },
+        "changes": [
+            {
+                "tenant": c.tenant,
+                "class": c.task_class,
+                "from": c.from_use,
+                "to": c.to_use,
+                "tasks": c.tasks,
+                **_mean(c.per_task),
+                "total": c.total,
+            }
+            for c in audit.changes
+        ],
+        "sensitivity": [_scenario(audit, s) for s in audit.scenarios],
+        "curve": {
+            "budget_usd": audit.curve.budget.tolist(),
+            "surplus": audit.curve.surplus.tolist(),
+            "multiplier": audit.curve.multiplier.tolist(),
+            "sampled": audit.curve.sampled,
+        },
+        "shares": {name: _shares(case, shares) for name, shares in audit.shares.items()},
+        "seconds": audit.seconds,
+    }
+    return data
+
+
+def to_json(data: dict[str, Any]) -> str:
+    """Strict JSON: what is infinite or unknown becomes null."""
+    return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def declared_price(case: Case, layer: Layer) -> float:
+    """The declared part of a price: 1, mean λ₀ or mean ρ₀; 0 in the paper's pure form."""
+    if case.economy.numeraire == "compute":
+        return 0.0
+    if layer == "compute":
+        return 1.0
+    column = case.tasks.latency_price if layer == "latency" else case.tasks.risk_price
+    return float(column.mean())
+
+
+def _price(case: Case, clearing: Clearing, layer: Layer) -> dict[str, Any]:
+    mine = [
+        u.constraint
+        for u in clearing.usage
+        if u.constraint.layer == layer and u.constraint.scope == Scope() and u.constraint.resource == USD
+    ]
+    declared, discovered = declared_price(case, layer), clearing.prices.multiplier(layer)
+    unit = {"compute": "USD per USD", "latency": "USD per second", "risk": "USD per unit of risk"}[layer]
+    quantile = [c for c in mine if c.kind == "quantile_sla"]
+    if quantile:
+        # Breaches are another unit than seconds: the two prices cannot be added.
+        return {
+            "value": discovered,
+            "unit": quantile[0].unit,
+            "constraint": quantile[0].name,
+            "declared": declared,
+            "declared_unit": unit,
+        }
+    return {
+        "value": declared + discovered,
+        "unit": unit,
+        "constraint": mine[0].name if mine else None,
+        "declared": declared,
+        "declared_unit": unit,
+    }
+
+
+def _constraint(usage: Usage) -> dict[str, Any]:
+    c = usage.constraint
+    return {
+        "name": c.name,
+        "kind": c.kind,
+        "resource": c.resource if c.kind == "budget" else None,
+        "tenant": c.scope.tenant,
+        "class": c.scope.task_class,
+        "bound": c.bound,
+        "used": usage.used,
+        "multiplier": usage.multiplier,
+        "unit": c.unit,
+        "service_rate": usage.service_rate,
+        "hard": c.hard,
+    }
+
+
+def _certificate(clearing: Clearing) -> dict[str, Any]:
+    certificate, rounded = clearing.certificate, clearing.rounded
+    return {
+        "objective": certificate.objective,
+        "dual": certificate.dual,
+        "gap": certificate.gap,
+        "max_violation": certificate.max_violation,
+        "slackness": certificate.slackness,
+        "rounded": {
+            "objective": rounded.objective,
+            "gap": rounded.gap,
+            "max_violation": rounded.max_violation,
+            "split_tasks": rounded.split_tasks,
+        },
+    }
+
+
+def _gap_closed(audit: Audit) -> float | None:
+    """(attainable − best fixed)/(oracle − best fixed): how much of what hindsight adds a policy can have."""
+    top = audit.clearing.certificate.objective
+    if audit.attainable is None or audit.best_fixed is None or top <= audit.best_fixed.surplus:
+        return None
+    low = audit.best_fixed.surplus
+    return (audit.attainable.surplus.mean - low) / (top - low)
+
+
+def _realised(audit: Audit) -> dict[str, Any]:
+    realised, chosen = audit.realised, audit.regret.chosen
+    return {
+        "surplus": realised.surplus.mean,
+        "ci": realised.surplus.ci,
+        "quality": realised.quality,
+        "value": realised.value,
+        "cost_usd": realised.cost,
+        "latency_s": realised.latency_s,
+        "risk": realised.risk,
+        "served": realised.served,
+        "at_prices": {
+            "value": float(chosen.value.mean()),
+            "compute": float(chosen.compute.mean()),
+            "latency": float(chosen.latency.mean()),
+            "risk": float(chosen.risk.mean()),
+        },
+    }
+
+
+def _mean(mean: Mean) -> dict[str, Any]:
+    return {"mean": mean.mean, "ci": mean.ci}
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return {"name": row.name, "tasks": row.tasks, **_mean(row.regret), "total": row.total}
+
+
+def _scenario(audit: Audit, scenario: Scenario) -> dict[str, Any]:
+    names = [u.constraint.name for u in audit.clearing.usage]
+    return {
+        "name": scenario.name,
+        "surplus": scenario.surplus,
+        "regret": scenario.regret,
+        "multipliers": dict(zip(names, scenario.multipliers, strict=True)),
+    }
+
+
+def _shares(case: Case, shares: FloatArray) -> dict[str, float]:
+    return dict(zip((*case.uses.names, "defer"), shares.tolist(), strict=True))
