@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from walras.diagnosis.audit import audit_log, price_log
 from walras.diagnosis.contract import audit_data, prices_data, to_json
@@ -57,6 +58,7 @@ ECONOMY_OPTIONS: dict[str, Any] = {
     "risk_over": Literal["use", "portfolio"],
     "lambda0": float,
     "rho0": float,
+    "rho_irr": float,
     "defer": bool,
     "numeraire": Literal["usd", "compute"],
     "baseline": str,
@@ -118,11 +120,11 @@ def audit(logs: Logs, economy: Economy, json: Json = False, html: Html = None, s
 
         write_html(result, html, title)
     if json:
-        typer.echo(to_json(audit_data(result)))
+        _print(to_json(audit_data(result)))
         return
-    out.print(audit_screen(result, f"audit of {title}"))
+    _print(audit_screen(result, f"audit of {title}"))
     if html is not None:
-        out.print(f"Report: {html}", style="green", markup=False)
+        _print(Text(f"Report: {html}", style="green"))
 
 
 @app.command()
@@ -133,9 +135,9 @@ def prices(logs: Logs, economy: Economy, json: Json = False) -> None:
     with _steps() as on_step:
         case, clearing = price_log(log, economy, lambda number, gap: on_step(f"pass {number}, gap {gap:.1e}"))
     if json:
-        typer.echo(to_json(prices_data(case, clearing)))
+        _print(to_json(prices_data(case, clearing)))
     else:
-        out.print(prices_screen(case, clearing, f"prices of {_title(logs)}"))
+        _print(prices_screen(case, clearing, f"prices of {_title(logs)}"))
 
 
 @app.command()
@@ -147,7 +149,8 @@ def sample(
     """Write a synthetic sample log: realistic in shape, all of it drawn from tables in the code."""
     with _bar("writing", tasks) as advance, _writing(output):
         write_sample(output, tasks, seed, advance)
-    err.print(f"{output}: a synthetic log of {tasks:,} requests (seed {seed})", markup=False, highlight=False)
+    said = f"{output}: a synthetic log of {tasks:,} requests (seed {seed})"
+    err.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -157,12 +160,12 @@ def settings() -> None:
     for row in settings_rows():
         key, *rest = (cell.replace("|", "\\|") for cell in row)
         lines.append(f"| `{key}` | " + " | ".join(rest) + " |")
-    typer.echo("\n".join(lines))
+    _print("\n".join(lines))
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"walras {version('walras')}")
+        _print(f"walras {version('walras')}")
         raise typer.Exit
 
 
@@ -238,6 +241,24 @@ def _steps() -> Iterator[Any]:
         yield lambda step: bar.update(task, description=step)
 
 
+def _print(what: RenderableType) -> None:
+    """To standard output: text as it is, anything else as rich renders it."""
+    text = f"{what}\n"
+    if not isinstance(what, str):
+        with out.capture() as captured:
+            out.print(what)
+        text = captured.get()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # What could not be written is still in the buffer, and Python would try again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader, `| head`, has seen enough
+            sys.exit(0)
+        raise OutputError(f"standard output: cannot be written: {error.strerror or error}") from error
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
@@ -248,6 +269,8 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _check_writable(path: Path) -> None:
     """Fail before the work, not after it."""
+    if path.is_dir():
+        raise OutputError(f"{path}: cannot be written: it is a folder")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: cannot be written: no folder '{path.parent}'")
 
@@ -260,9 +283,10 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except SystemExit as end:
+        if end.code == 130:  # typer's own way to say so
+            _fail("interrupted", 130)
+        raise
     except MemoryError:
         _fail("out of memory; audit fewer files at a time, or leave out the scenario columns", 1)
     except Exception as error:

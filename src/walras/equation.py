@@ -31,6 +31,8 @@ class Charge:
     per_use: FloatArray
     tasks: IntArray | None
     """Rows in scope, (M,); None when all N are."""
+    offset: float = 0.0
+    """What was taken off every `per_use` (an SLA's bound): round-off is as large as before it was."""
 
     @classmethod
     def of(cls, constraint: Constraint, tasks: Tasks, uses: Uses) -> Charge:
@@ -40,7 +42,8 @@ class Charge:
             tasks, uses = tasks.take(rows), uses.take(rows)
         per_use = constraint.charge(uses)
         # What is not allowed may be unknown (NaN); nobody pays for it.
-        return cls(per_use if uses.allowed.all() else np.where(uses.allowed, per_use, 0.0), rows)
+        per_use = per_use if uses.allowed.all() else np.where(uses.allowed, per_use, 0.0)
+        return cls(per_use, rows, constraint.bound if constraint.layer == "latency" else 0.0)
 
 
 def surplus(

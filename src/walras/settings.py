@@ -7,6 +7,7 @@ page docs/settings.md, and the validation.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,6 +34,9 @@ class Group(_Table):
     )
     rho0: Amount | None = Field(
         None, description="ρ₀, declared price of risk, USD per unit of risk (default 1)"
+    )
+    rho_irr: Amount | None = Field(
+        None, description="ρ_irr, declared extra price of irreversible risk, USD per unit (default 0) [Z-7b]"
     )
     budget_usd: Amount | None = Field(None, description="Budget, mean USD per task")
     budget_total_usd: Amount | None = Field(None, description="Budget, USD for all tasks together")
@@ -93,7 +97,7 @@ class Economy(Group):
         "expectation", description="How losses by scenario are valued [Z-K]"
     )
     risk_alpha: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="α of risk_measure 'cvar'")
-    risk_beliefs: tuple[tuple[float, ...], ...] | None = Field(
+    risk_beliefs: tuple[tuple[Amount, ...], ...] | None = Field(
         None, description="Scenario distributions of risk_measure 'max-min', one row each"
     )
     risk_over: Literal["use", "portfolio"] = Field(
@@ -185,17 +189,22 @@ def load_economy(path: Path | None, overrides: dict[str, Any]) -> Economy:
     for a, b in (("budget_usd", "budget_total_usd"), ("budget_total_usd", "budget_usd")):
         if a in given and b not in given:
             data.pop(b, None)
-    data["columns"] = {**data.get("columns", {}), **given.pop("columns", {})}
+    mapped = given.pop("columns", {})
+    if mapped:
+        in_file = data.get("columns", {})
+        data["columns"] = {**in_file, **mapped} if isinstance(in_file, dict) else in_file
     try:
         return Economy.model_validate({**data, **given})
     except ValidationError as error:
-        raise _explain(error, path) from error
+        raise _explain(error, path, given) from error
 
 
-def _explain(error: ValidationError, path: Path | None) -> SettingsError:
+def _explain(error: ValidationError, path: Path | None, options: Collection[str]) -> SettingsError:
     first = error.errors()[0]
     where = [str(part) for part in first["loc"]]
-    key = f"{path}: {'.'.join(where)}" if path and where else (str(path) if path else "--" + "-".join(where))
+    key = f"{path}: {'.'.join(where)}" if path else ".".join(where)
+    if len(where) == 1 and where[0] in options:
+        key = "--" + where[0].replace("_", "-")
     if first["type"] == "extra_forbidden":
         table: type[BaseModel] = Economy
         tables: dict[str, type[BaseModel]] = {"tenants": Tenant, "classes": TaskClass, "resources": Resource}

@@ -14,7 +14,7 @@ import numpy as np
 from walras.diagnosis.case import Case
 from walras.diagnosis.regret import Mean, bootstrap_mean
 from walras.equation import DEFER, net_value, surplus
-from walras.errors import InfeasibleError
+from walras.errors import InfeasibleError, NumeraireError
 from walras.estimate.class_means import pooled_class_means
 from walras.market.programme import Mix
 from walras.market.shadow import Usage, discover, measure_usage
@@ -47,14 +47,15 @@ class Change:
     task_class: str | None
     from_use: str
     to_use: str
+    """What the policy mostly uses instead."""
     tasks: int
     per_task: Mean
-    """USD per task of the group gained at the discovered prices."""
+    """USD per task of the group (see `attainable_gain`), for all that the policy does with the group."""
     total: float
 
 
 def attainable_policy(case: Case, seed: int = 0) -> Attainable | None:
-    """Fit and score the policy; None where a log is too small, or no fold can meet the constraints."""
+    """Fit and score the policy; None where a log is too small, or a fold has no prices."""
     n, i = case.uses.shape
     if n < 2 * FOLDS:
         return None
@@ -66,7 +67,7 @@ def attainable_policy(case: Case, seed: int = 0) -> Attainable | None:
         held_out, rest = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
         try:
             shares[held_out], found = _allocate(case, held_out, rest, classes)
-        except InfeasibleError:
+        except (InfeasibleError, NumeraireError):
             return None
         multipliers += found / FOLDS
     true = surplus(case.tasks, case.uses, case.economy.declared(), case.economy.numeraire)
@@ -81,19 +82,27 @@ def attainable_policy(case: Case, seed: int = 0) -> Attainable | None:
 
 def _expected(shares: FloatArray, values: FloatArray) -> FloatArray:
     """Expected value of each task, (N,); a use without a share may be forbidden (−∞)."""
-    expected: FloatArray = np.where(shares[:, :-1] > 0, shares[:, :-1] * values, 0.0).sum(axis=1)
+    used = shares[:, :-1]
+    expected: FloatArray = (used * np.where(used > 0, values, 0.0)).sum(axis=1)
     return expected
 
 
-def gain_at_prices(case: Case, prices: Prices, policy: Attainable, net: FloatArray) -> FloatArray:
-    """What each task gains at the discovered prices when the policy replaces the audited choice, (N,), USD.
+def attainable_gain(case: Case, prices: Prices, policy: Attainable) -> FloatArray:
+    """What each task gains when the policy replaces the audited choice, (N,), USD.
 
-    A switch that frees a scarce budget is credited for it, one that overdraws it is charged.
+    A switch that frees a scarce budget is credited for it, one that takes more is charged: at the policy's own
+    prices, because the ex-post ones say what the resource would be worth to somebody with hindsight.
 
     Args:
-        net: net value of each audited choice at the same prices, (N,).
+        prices: the discovered prices, for their constraints.
     """
-    gain: FloatArray = _expected(policy.shares, net_value(case.tasks, case.uses, prices)) - net
+    own = [
+        replace(p, multiplier=float(mu)) for p, mu in zip(prices.discovered, policy.multipliers, strict=True)
+    ]
+    prices = replace(prices, discovered=tuple(own))
+    audited = net_value(case.tasks, case.uses.pick(case.chosen), prices)[:, 0]
+    audited = np.where(case.chosen == DEFER, 0.0, audited)
+    gain: FloatArray = _expected(policy.shares, net_value(case.tasks, case.uses, prices)) - audited
     return gain
 
 
@@ -167,7 +176,7 @@ def best_changes(
 ) -> list[Change]:
     """The switches worth most: for tasks of one tenant and class with one audited use, what the policy does instead.
 
-    Only those whose held-out gain (see `gain_at_prices`) has an interval above 0 are returned.
+    Only those whose held-out gain (see `attainable_gain`) has an interval above 0 are returned.
     """
     found = []
     for tenant, task_class, use, members in _groups(case):

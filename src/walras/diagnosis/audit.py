@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from walras.diagnosis.attainable import Attainable, Change, attainable_policy, best_changes, gain_at_prices
+from walras.diagnosis.attainable import Attainable, Change, attainable_gain, attainable_policy, best_changes
 from walras.diagnosis.case import Case, Fixed, best_fixed, build_case
 from walras.diagnosis.regret import Mean, Regret, bootstrap_mean, measure_regret
 from walras.diagnosis.sensitivity import Curve, Scenario, multiplier_intervals, scenarios, surplus_curve
@@ -61,7 +61,7 @@ class Audit:
     best_fixed: Fixed | None
     attainable: Attainable | None
     attainable_gain: Mean | None
-    """What the attainable policy recovers of the regret: its net value at the discovered prices less the audited."""
+    """What replacing the audited choices by the attainable policy gains, freed or taken resources at its own prices."""
     realised: Realised
     regret: Regret
     changes: tuple[Change, ...]
@@ -99,7 +99,7 @@ def audit_log(log: Log, economy: Economy, *, seed: int = 0, on_step: OnStep = la
     realised = _realised(case, seed)
     on_step("what a policy could have reached")
     policy = attainable_policy(case, seed) if case.complete else None
-    gain = gain_at_prices(case, clearing.prices, policy, regret.net) if policy else None
+    gain = attainable_gain(case, clearing.prices, policy) if policy else None
     changes = best_changes(case, policy, gain, seed=seed) if policy and gain is not None else []
     on_step("sensitivity")
     intervals = multiplier_intervals(case, clearing.multipliers.tolist(), seed) if case.constraints else []
@@ -111,7 +111,7 @@ def audit_log(log: Log, economy: Economy, *, seed: int = 0, on_step: OnStep = la
         clearing=clearing,
         oracle=without,
         oracle_with_defer=with_defer,
-        best_fixed=best_fixed(case.tasks, case.uses, case.constraints, economy.declared()),
+        best_fixed=best_fixed(case.tasks, case.uses, case.constraints, economy),
         attainable=policy,
         attainable_gain=None if gain is None else bootstrap_mean(gain, seed),
         realised=realised,

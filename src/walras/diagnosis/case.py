@@ -57,7 +57,8 @@ def build_case(log: Log, economy: Economy) -> Case:
     known = _known_outcomes(log, economy)
     rows, columns = _audited(log, known, notes)
     left_out = len(log) - rows.size
-    log, known = log.take(rows, columns), known[np.ix_(rows, columns)]
+    known = known[np.ix_(rows, columns)]
+    log = _without_gaps(log.take(rows, columns), known, notes)
     tasks = _tasks(log, economy, notes)
     uses = _uses(log, economy, known & ~_forbidden(log, economy))
     constraints = tuple(economy.constraints(_scope_sizes(tasks, economy)))
@@ -92,16 +93,27 @@ def _check_names(log: Log, economy: Economy) -> None:
             if name not in known:
                 hint = nearest(name, known) if known else f"the log has no column for {kind}"
                 raise SettingsError(f"the log has no '{name}'", key=f"{kind}.{name}", hint=hint)
-    groups = [economy, *economy.tenants.values(), *economy.classes.values()]
-    needs = {
-        "latency_s": any(g.sla_s is not None or g.lambda0 for g in groups),
-        "risk": any(g.risk is not None for g in groups) and not economy.needs_losses,
-    }
-    for column, needed in needs.items():
-        if needed and column not in log.per_use:
+    for column in _asked_for(economy):
+        if column not in log.per_use:
             raise SettingsError(f"the settings price it, but the log has no column '{column}'", key=column)
+    for name, resource in economy.resources.items():
+        if resource.column not in log.per_use:
+            raise SettingsError(
+                f"the column '{resource.column}' is null in every row", key=f"resources.{name}.column"
+            )
     if economy.needs_losses and log.losses is None:
         raise SettingsError("needs the column 'risk_scenarios'; the log has none", key="risk_measure")
+
+
+def _asked_for(economy: Economy) -> set[str]:
+    """Columns that the settings price or limit by name."""
+    groups = [economy, *economy.tenants.values(), *economy.classes.values()]
+    asked = {
+        "latency_s": any(g.sla_s is not None or g.lambda0 for g in groups),
+        "risk": any(g.risk is not None for g in groups) and not economy.needs_losses,
+        "irreversible_risk": any(g.rho_irr for g in groups),
+    }
+    return {column for column, wanted in asked.items() if wanted}
 
 
 def _forbidden_models(economy: Economy) -> list[tuple[str, str, str]]:
@@ -124,11 +136,24 @@ def _forbidden(log: Log, economy: Economy) -> BoolArray:
 
 
 def _known_outcomes(log: Log, economy: Economy) -> BoolArray:
-    """An outcome is known when quality, cost and every recorded amount is: a partial one cannot be priced."""
-    known: BoolArray = np.logical_and.reduce([~np.isnan(column) for column in log.per_use.values()])
+    """An outcome is known when everything about it that has a price is."""
+    priced = {"quality", "cost_usd", *(r.column for r in economy.resources.values()), *_asked_for(economy)}
+    if not economy.needs_losses:
+        priced.add("risk")  # ρ₀ is 1 unless declared otherwise
+    known: BoolArray = np.logical_and.reduce(
+        [~np.isnan(c) for name, c in log.per_use.items() if name in priced]
+    )
     if economy.needs_losses and log.losses is not None:
         known = known & ~np.isnan(log.losses).any(axis=2)
     return known
+
+
+def _without_gaps(log: Log, known: BoolArray, notes: list[str]) -> Log:
+    """The log without columns that have no price here and are unknown for some audited outcome."""
+    gaps = [name for name, column in log.per_use.items() if np.isnan(column[known]).any()]
+    if gaps:
+        notes.append(f"not reported, unknown in places and not priced: {', '.join(gaps)}")
+    return replace(log, per_use={name: column for name, column in log.per_use.items() if name not in gaps})
 
 
 def _audited(log: Log, known: BoolArray, notes: list[str]) -> tuple[IntArray, IntArray]:
@@ -140,23 +165,33 @@ def _audited(log: Log, known: BoolArray, notes: list[str]) -> tuple[IntArray, In
     if dropped:
         notes.append(f"left out, no complete record: {', '.join(dropped)}")
     inside = known[:, columns]
-    full, some = inside.all(axis=1), inside.any(axis=1)
+    full: BoolArray = np.logical_and.reduce(inside, axis=1)
+    some: BoolArray = np.logical_or.reduce(inside, axis=1)
+    has_choice = log.chosen != UNKNOWN
+    chosen_known = np.where(has_choice, known[np.arange(len(log)), np.maximum(log.chosen, 0)], True)
     if full.mean() >= MOSTLY:
         if not full.all():
             notes.append(f"{int((~full).sum())} tasks left out: the outcome of some model is unknown")
-        return np.flatnonzero(full), columns
+        return _with_known_choice(full, chosen_known, notes), columns
     # A production log: what the other models would have given is mostly unknown.
-    has_choice = log.chosen != UNKNOWN
-    audited = some & np.where(has_choice, known[np.arange(len(log)), np.maximum(log.chosen, 0)], True)
+    how_many = f"only {full.mean():.0%}" if full.any() else "none"
     notes.append(
-        f"only {full.mean():.0%} of tasks have every model's outcome: unknown alternatives are left out of the "
-        "comparison, so regret is a lower bound and nothing can be said about an attainable policy"
+        f"{how_many} of the tasks have every model's outcome: unknown alternatives are left out of the comparison. "
+        "At given prices the regret shown is a lower bound; a price shown is what a limit is worth when the only "
+        "alternatives are the known ones, which is too much. An attainable policy cannot be judged"
     )
-    if not audited.all():
-        notes.append(f"{int((~audited).sum())} tasks left out: what the chosen model gave is unknown")
-    if not audited.any():
+    return _with_known_choice(some, chosen_known, notes), columns
+
+
+def _with_known_choice(tasks: BoolArray, chosen_known: BoolArray, notes: list[str]) -> IntArray:
+    """Those of `tasks` whose own choice can be audited: one without an outcome is not a deferred one."""
+    lost = int((tasks & ~chosen_known).sum())
+    if lost:
+        notes.append(f"{lost} tasks left out: what the chosen model gave is unknown")
+    audited = np.flatnonzero(tasks & chosen_known)
+    if not audited.size:
         raise RecordError("no task has a known outcome of its chosen model")
-    return np.flatnonzero(audited), columns
+    return audited
 
 
 # --- tasks and uses -----------------------------------------------------------------------------------------------
@@ -165,11 +200,14 @@ def _audited(log: Log, known: BoolArray, notes: list[str]) -> tuple[IntArray, In
 def _tasks(log: Log, economy: Economy, notes: list[str]) -> Tasks:
     n = len(log)
     value = _per_task(log, economy, "value", np.nan)
-    declared = not np.isnan(value).all()
-    if log.value is not None and (economy.value_column or not declared):
+    declared = ~np.isnan(value)
+    if log.value is not None and economy.value_column:
         value = np.where(np.isnan(log.value), value, log.value)
     elif log.value is not None:
-        notes.append("the log's own values are not used: a value was declared")
+        value = np.where(declared, value, log.value)
+        if declared.any():
+            where = "" if declared.all() else f" on {int(declared.sum())} tasks"
+            notes.append(f"the log's own values are not used{where}: a value was declared")
     missing = int(np.isnan(value).sum())
     if missing:
         hint = "declare --value USD, or name a column: --value-column C"
@@ -179,6 +217,7 @@ def _tasks(log: Log, economy: Economy, notes: list[str]) -> Tasks:
         value=value,
         latency_price=_per_task(log, economy, "lambda0", 0.0),
         risk_price=_per_task(log, economy, "rho0", 1.0),
+        irreversible_price=_per_task(log, economy, "rho_irr", 0.0),
         tenant=log.tenant,
         task_class=log.task_class,
         time=log.time,
@@ -244,7 +283,7 @@ def _baseline(
             notes.append(f"{unserved} tasks have no chosen model: taken as deferred")
         return name, np.where(log.chosen == UNKNOWN, DEFER, log.chosen)
     if name == "best fixed":
-        fixed = best_fixed(tasks, uses, constraints, economy.declared())
+        fixed = best_fixed(tasks, uses, constraints, economy)
         if fixed is None:
             what = "the log neither says what was chosen nor has one model on every task"
             raise SettingsError(what, key="baseline")
@@ -269,14 +308,11 @@ class Fixed:
     """Whether it meets every constraint."""
 
 
-def best_fixed(
-    tasks: Tasks, uses: Uses, constraints: Sequence[Constraint], declared: Sequence[tuple[str, float]]
-) -> Fixed | None:
+def best_fixed(tasks: Tasks, uses: Uses, constraints: Sequence[Constraint], economy: Economy) -> Fixed | None:
     """The best single model among those that meet the constraints, or among all where none does; None if no model
     is open to every task."""
-    total = (
-        tasks.weight @ np.where(uses.allowed, surplus(tasks, uses, declared), -np.inf) / tasks.weight.sum()
-    )
+    worth = surplus(tasks, uses, economy.declared(), economy.numeraire)  # −∞ where not allowed
+    total = tasks.weight @ worth / tasks.weight.sum()
     found = [
         Fixed(i, float(total[i]), _meets(tasks, uses, constraints, i))
         for i in np.flatnonzero(np.isfinite(total)).tolist()

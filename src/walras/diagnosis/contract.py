@@ -8,7 +8,7 @@ from typing import Any
 
 from walras.diagnosis.audit import Audit
 from walras.diagnosis.case import Case
-from walras.diagnosis.regret import Mean, Row
+from walras.diagnosis.regret import Mean, Row, overdrafts
 from walras.diagnosis.sensitivity import Scenario
 from walras.market.shadow import Clearing, Usage
 from walras.prices import Layer, Scope
@@ -52,7 +52,7 @@ def audit_data(audit: Audit) -> dict[str, Any]:
             "surplus": policy.surplus.mean,
             "ci": policy.surplus.ci,
             "gap_closed": _gap_closed(audit),
-            "gain_at_prices": audit.attainable_gain and _mean(audit.attainable_gain),
+            "gain": audit.attainable_gain and _mean(audit.attainable_gain),
             "multipliers": {
                 u.constraint.name: float(mu) for u, mu in zip(policy.usage, policy.multipliers, strict=True)
             },
@@ -68,8 +68,7 @@ def audit_data(audit: Audit) -> dict[str, Any]:
         | {
             "total": float(regret.per_task.sum()),
             "surplus_not_earned": audit.clearing.certificate.objective - audit.realised.surplus.mean,
-            "overdrawn_at_prices": regret.overall.mean
-            - (audit.clearing.certificate.objective - audit.realised.surplus.mean),
+            "overdrawn_at_prices": sum(overdrafts(case, audit.clearing.prices)),
             "by_tenant": [_row(row) for row in regret.by_tenant],
             "by_class": [_row(row) for row in regret.by_class],
             "by_value_decile": [_row(row) for row in regret.by_value_decile],
@@ -179,6 +178,7 @@ def _certificate(clearing: Clearing) -> dict[str, Any]:
         "dual": certificate.dual,
         "gap": certificate.gap,
         "max_violation": certificate.max_violation,
+        "residual": certificate.residual,
         "slackness": certificate.slackness,
         "rounded": {
             "objective": rounded.objective,

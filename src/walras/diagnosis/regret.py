@@ -17,17 +17,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from scipy import stats
 
 from walras.diagnosis.case import Case, by_label
-from walras.equation import DEFER, Terms, choose, net_value, terms
-from walras.prices import Prices
+from walras.equation import DEFER, Charge, Terms, choose, net_value, terms
+from walras.prices import Price, Prices
 from walras.quantities import BoolArray, IntArray
 from walras.risk import FloatArray
 
 BLOCKS = 2_000
 """Tasks are pooled into at most this many random blocks before resampling, so an interval costs the same for any N."""
 RESAMPLES = 999
+ROUND_OFF = 1e-12
+"""A difference below this share of what is compared is round-off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,8 @@ def measure_regret(case: Case, prices: Prices, seed: int = 0) -> Regret:
     chosen = Terms(*(np.where(served, t, 0.0)[:, 0] for t in (one.value, one.compute, one.latency, one.risk)))
     got = chosen.value - chosen.compute - chosen.latency - chosen.risk
     # An audited choice may break an absolute rule and so beat every allowed use: that is no negative regret.
-    regret = np.maximum(best.value - got, 0.0)
+    regret = best.value - got
+    regret = np.where(regret > ROUND_OFF * (np.abs(best.value) + np.abs(got)), regret, 0.0)
     worth = case.tasks.value
     varied = bool(np.ptp(worth) > 0)
     deciles = _deciles(worth) if varied else []
@@ -111,11 +113,25 @@ def measure_regret(case: Case, prices: Prices, seed: int = 0) -> Regret:
         by_class=_rows(regret, by_label(case.tasks.task_class), seed),
         by_value_decile=_rows(regret, deciles, seed),
         failures=_failures(case, prices, chosen, best.use, regret, seed),
-        value_correlation=float(stats.spearmanr(worth, regret).statistic)
-        if varied and np.ptp(regret)
-        else None,
+        value_correlation=_spearman(worth, regret) if varied and np.ptp(regret) else None,
         top_decile_share=float(regret[deciles[-1][1]].sum() / total) if deciles and total else None,
     )
+
+
+def overdrafts(case: Case, prices: Prices) -> list[float]:
+    """μ_k·(used_k − bound_k) of the audited choices for each constraint, USD per task of the log.
+
+    Taken from what each task is charged: an SLA's charge is per served task, a scoped one is paid inside its scope.
+    """
+    picked = case.uses.pick(case.chosen)
+    return [_overdraft(case, p, Charge.of(p.constraint, case.tasks, picked)) for p in prices.discovered]
+
+
+def _overdraft(case: Case, price: Price, charge: Charge) -> float:
+    rows = slice(None) if charge.tasks is None else charge.tasks
+    served = case.chosen[rows] != DEFER
+    taken = float(charge.per_use[served].sum())
+    return float(price.multiplier * (taken - price.constraint.per_task_limit * served.size) / len(case.tasks))
 
 
 def bootstrap_mean(values: FloatArray, seed: int = 0) -> Mean:
@@ -131,6 +147,12 @@ def bootstrap_mean(values: FloatArray, seed: int = 0) -> Mean:
     draws = rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=RESAMPLES)
     low, high = np.quantile((draws @ sums) / (draws @ sizes), [0.025, 0.975])
     return Mean(mean, (float(low), float(high)))
+
+
+def _spearman(x: FloatArray, y: FloatArray) -> float:
+    from scipy import stats  # noqa: PLC0415 - half a second to import, and only an audit needs it
+
+    return float(stats.spearmanr(x, y).statistic)
 
 
 def _rows(regret: FloatArray, groups: Sequence[tuple[str, BoolArray]], seed: int) -> tuple[Row, ...]:

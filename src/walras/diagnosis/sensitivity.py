@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from walras.diagnosis.case import Case
-from walras.equation import choose, net_value
-from walras.errors import InfeasibleError
+from walras.equation import DEFER, choose, net_value
+from walras.errors import InfeasibleError, NumeraireError
 from walras.market.shadow import Clearing, discover
 from walras.prices import Constraint, Scope
 from walras.quantities import USD
@@ -69,9 +70,23 @@ def sample(case: Case, most: int = SAMPLE, seed: int = 0) -> Case:
     return case.take(np.sort(np.random.default_rng(seed).choice(n, most, replace=False)))
 
 
+def _small(case: Case) -> Case:
+    """A sample, unless its luck of the draw does not fit bounds that the whole log does."""
+    small = sample(case)
+    if small is not case and not case.economy.defer:
+        try:
+            solve(small)
+        except InfeasibleError:
+            return case
+    return small
+
+
 def scenarios(case: Case, on_step: Callable[[str], None] = lambda _: None) -> list[Scenario]:
-    """The answer at V ± 50%, ρ₀ ± 50% (where there is risk), and with noise on every quality."""
-    case = sample(case)
+    """The answer at V ± 50%, ρ₀ ± 50% (where there is risk), and with noise on every quality.
+
+    In the pure form a scenario in which compute is not scarce has no prices; it is left out.
+    """
+    case = _small(case)
     tasks, uses = case.tasks, case.uses
     noise = np.random.default_rng(1).normal(0.0, QUALITY_NOISE, uses.quality.shape)
     changed = [
@@ -89,17 +104,16 @@ def scenarios(case: Case, on_step: Callable[[str], None] = lambda _: None) -> li
     found = []
     for name, other in changed:
         on_step(name)
-        found.append(_scenario(name, other))
+        with suppress(NumeraireError):
+            found.append(_scenario(name, other))
     return found
 
 
 def _scenario(name: str, case: Case) -> Scenario:
     cleared = solve(case)
     best = choose(net_value(case.tasks, case.uses, cleared.prices), defer=case.economy.defer)
-    everything = replace(case.uses, allowed=np.ones(1, dtype=np.bool_))
-    got = net_value(case.tasks, everything, cleared.prices)
-    mine = np.take_along_axis(got, np.maximum(case.chosen, 0)[:, None], axis=1)[:, 0]
-    regret = np.maximum(best.value - np.where(case.chosen < 0, 0.0, mine), 0.0)
+    picked = net_value(case.tasks, case.uses.pick(case.chosen), cleared.prices)[:, 0]
+    regret = np.maximum(best.value - np.where(case.chosen == DEFER, 0.0, picked), 0.0)
     return Scenario(
         name, tuple(cleared.multipliers.tolist()), cleared.certificate.objective, float(regret.mean())
     )
@@ -120,14 +134,23 @@ def multiplier_intervals(
     for _ in range(RESAMPLES):
         try:
             draws.append(solve(case.take(rng.integers(0, n, m)), np.asarray(multipliers)).multipliers)
-        except InfeasibleError:
-            continue  # without deferring, a resample may not fit a tight bound
+        except (InfeasibleError, NumeraireError):
+            continue  # without deferring, a resample may not fit a tight bound; in the pure form, it may be slack
     if len(draws) < RESAMPLES // 2:
         return [(0.0, np.inf)] * len(multipliers)
     centre = np.asarray(multipliers)
     spread = np.quantile(draws, [0.025, 0.975], axis=0) - np.median(draws, axis=0)
     low, high = centre + spread * np.sqrt(m / n)
     return list(zip(np.maximum(low, 0.0).tolist(), high.tolist(), strict=True))
+
+
+def _without_budget(case: Case, others: Sequence[Constraint]) -> Clearing:
+    """What would be done if money were free of its budget; in the pure form, where nothing is declared, free outright."""
+    if case.economy.numeraire == "usd":
+        return solve(replace(case, constraints=tuple(others)))
+    nothing = np.zeros(1)
+    tasks = replace(case.tasks, latency_price=nothing, risk_price=nothing, irreversible_price=nothing)
+    return discover(tasks, case.uses, others, defer=case.economy.defer, declared=())
 
 
 def surplus_curve(case: Case, spent: float, points: int = 13) -> Curve:
@@ -137,12 +160,12 @@ def surplus_curve(case: Case, spent: float, points: int = 13) -> Curve:
         spent: what the audited choices cost, USD per task, so that today lies on the curve.
     """
     n = len(case.tasks)
-    case = sample(case)
+    case = _small(case)
     others = tuple(
         c for c in case.constraints if not (c.kind == "budget" and c.resource == USD and c.scope == Scope())
     )
     declared = [c.bound for c in case.constraints if c not in others]
-    free = solve(replace(case, constraints=others))
+    free = _without_budget(case, others)
     wanted = case.uses.amount(USD)[free.mix.task[free.mix.use >= 0], free.mix.use[free.mix.use >= 0]]
     most = float((wanted * free.mix.share[free.mix.use >= 0]).sum() / len(case.tasks))
     least = 0.0
@@ -157,7 +180,7 @@ def surplus_curve(case: Case, spent: float, points: int = 13) -> Curve:
     for budget in grid[grid >= least * (1 + 1e-9)]:
         try:
             cleared = solve(replace(case, constraints=(Constraint("budget", float(budget)), *others)), start)
-        except InfeasibleError:
+        except (InfeasibleError, NumeraireError):
             continue
         start = cleared.multipliers
         budgets.append(float(budget))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -10,22 +12,11 @@ from rich.text import Text
 from walras.diagnosis.audit import Audit
 from walras.diagnosis.case import Case
 from walras.diagnosis.contract import LAYERS, declared_price
+from walras.diagnosis.words import count, interval, number, usd
 from walras.market.shadow import Clearing, Usage
 
 NAMES_SHOWN = 6
 """Rows of a table before the rest is left to --json and --html."""
-
-
-def usd(amount: float) -> str:
-    """Dollars with digits that can be read: $1,234 · $0.42 · $0.000329."""
-    size = abs(amount)
-    if size >= 1000:
-        text = f"{size:,.0f}"
-    elif size >= 1:
-        text = f"{size:.2f}"
-    else:
-        text = f"{size:.3g}" if size >= 1e-12 else "0"
-    return f"{'−' if amount < 0 and text != '0' else ''}${text}"
 
 
 def audit_screen(audit: Audit, title: str) -> RenderableType:
@@ -53,7 +44,9 @@ def prices_screen(case: Case, clearing: Clearing, title: str) -> RenderableType:
 
 def _title(case: Case, title: str) -> Text:
     n, i = case.uses.shape
-    line = Text.assemble(("Walras ", "bold"), (title, "bold"), f" · {n:,} tasks × {i} models")
+    line = Text.assemble(
+        ("Walras ", "bold"), (title, "bold"), f" · {count(n, 'tasks')} × {count(i, 'models')}"
+    )
     if case.synthetic:
         line.append(" · SYNTHETIC LOG", style="bold yellow")
     return line
@@ -61,23 +54,22 @@ def _title(case: Case, title: str) -> Text:
 
 def _headline(audit: Audit, title: str) -> list[RenderableType]:
     regret, what = audit.regret, _policy_name(audit.case)
-    low, high = regret.overall.ci
     bound = "" if audit.case.complete else "at least "
     lines: list[RenderableType] = [
         _title(audit.case, title),
         Text.from_markup(
-            f"{what} lost [bold red]{bound}{usd(regret.overall.mean)} per task[/] ({usd(low)} to {usd(high)}), "
+            f"{what} lost [bold red]{bound}{usd(regret.overall.mean)} per task[/] ({interval(regret.overall.ci)}), "
             f"[bold]{usd(float(regret.per_task.sum()))}[/] in all, against the ex-post best at these prices."
         ),
     ]
     if audit.attainable_gain:
         gain = audit.attainable_gain
-        had = f"{usd(gain.mean)} per task of it ({usd(gain.ci[0])} to {usd(gain.ci[1])}) can be had"
-        if gain.ci[0] <= 0:
-            had = f"what can be had of it is not distinguishable from 0 ({usd(gain.ci[0])} to {usd(gain.ci[1])})"
+        what = f"gain {usd(gain.mean)} per task" if gain.ci[0] > 0 else "not gain with 95% confidence"
+        limits = ", limits counted at its own prices (attainable μ)" if audit.case.constraints else ""
         lines.append(
             Text.from_markup(
-                f"Hindsight includes luck: [bold]{had}[/] by a policy that knows only class and value."
+                f"Hindsight includes luck: a policy that knows only class and value would [bold]{what}[/] "
+                f"({interval(gain.ci)}){limits}."
             )
         )
     return lines
@@ -91,14 +83,24 @@ def _policy_name(case: Case) -> str:
     return f"{escape(case.baseline)} for every task"
 
 
-def _table(*columns: str, title: str) -> Table:
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Names left, numbers right, and what has no heading left again; columns without a cell are left out."""
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        title=f"\n{title}",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
     )
-    for k, column in enumerate(columns):
+    shown = [k for k in range(len(columns)) if any(row[k] for row in rows)]
+    for k in shown:
+        left = k == 0 or not columns[k]
         table.add_column(
-            column, justify="left" if k == 0 else "right", style=None if k else "cyan", overflow="fold"
+            columns[k], justify="left" if left else "right", style=None if k else "cyan", overflow="fold"
         )
+    for row in rows:
+        table.add_row(*(row[k] for k in shown))
     return table
 
 
@@ -109,20 +111,14 @@ def prices_tables(case: Case, clearing: Clearing, audit: Audit | None) -> list[R
     line = Text(f"Declared prices: {declared} (settings, not discovered)", style="dim")
     if not clearing.usage:
         return [Text(), Text("No constraint declared: nothing is scarce, so every μ is 0."), line]
-    table = _table("constraint", "best", "audited", "price μ", "95%", "attainable μ", "", title="\nPrices")
+    rows = []
     for k, usage in enumerate(clearing.usage[:NAMES_SHOWN]):
-        today = f"{audit.realised.usage[k].used:.3g}" if audit else ""
-        interval = "{:.3g} to {:.3g}".format(*audit.intervals[k]) if audit else ""
-        without_luck = f"{audit.attainable.multipliers[k]:.3g}" if audit and audit.attainable else ""
-        table.add_row(
-            escape(usage.constraint.name),
-            f"{usage.used:.3g}",
-            today,
-            f"{usage.multiplier:.4g}",
-            interval,
-            without_luck,
-            _meaning(usage),
-        )
+        name, best, mu = escape(usage.constraint.name), number(usage.used), f"{usage.multiplier:.4g}"
+        today = number(audit.realised.usage[k].used) if audit else ""
+        spread = interval(audit.intervals[k], number) if audit else ""
+        without_luck = number(float(audit.attainable.multipliers[k])) if audit and audit.attainable else ""
+        rows.append((name, best, today, mu, spread, without_luck, _meaning(usage)))
+    table = _table("Prices", ("constraint", "best", "audited", "price μ", "95%", "attainable μ", ""), rows)
     more = len(clearing.usage) - NAMES_SHOWN
     rest = [Text(f"… and {more} more (--json has all)", style="dim")] if more > 0 else []
     return [table, *rest, line]
@@ -149,27 +145,34 @@ def _changes(audit: Audit) -> RenderableType:
         if not audit.case.complete:
             why = "unknown: the log does not say what the other models would have given"
         return Text.assemble(("\nChanges worth making: ", "bold"), why)
-    table = _table(
-        "who", "from", "to", "tasks", "gain per task", "in all", title="\nThe changes worth most (held out)"
-    )
+    rows = []
     for c in audit.changes:
         who = " / ".join(part for part in (c.tenant, c.task_class) if part) or "all"
-        gain = f"{usd(c.per_task.mean)} ({usd(c.per_task.ci[0])} to {usd(c.per_task.ci[1])})"
-        table.add_row(escape(who), escape(c.from_use), escape(c.to_use), f"{c.tasks:,}", gain, usd(c.total))
-    return table
+        gain = f"{usd(c.per_task.mean)} ({interval(c.per_task.ci)})"
+        rows.append((escape(who), escape(c.from_use), escape(c.to_use), f"{c.tasks:,}", gain, usd(c.total)))
+    return _table(
+        "The changes worth most (held out)",
+        ("who", "from", "mostly to", "tasks", "gain per task", "in all"),
+        rows,
+    )
 
 
 def _lost(audit: Audit) -> RenderableType:
     regret = audit.regret
     parts = [
-        f"{f.label} {f.name} {usd(f.per_task.mean)} on {f.tasks:,} tasks" for f in regret.failures if f.tasks
+        f"{f.label} {f.name} {usd(f.per_task.mean)} on {count(f.tasks, 'tasks')}"
+        for f in regret.failures
+        if f.tasks
     ]
     line = Text.assemble(
         ("\nWhere it is lost: ", "bold"), "; ".join(parts) or "nowhere", " (per task of the log)"
     )
-    groups = sorted((*regret.by_tenant, *regret.by_class), key=lambda row: -row.total)[:3]
-    if groups:
-        line.append("\n  most in " + ", ".join(f"{g.name} {usd(g.total)}" for g in groups))
+    groups = [("tenant", row) for row in regret.by_tenant] + [("class", row) for row in regret.by_class]
+    most = sorted(groups, key=lambda group: -group[1].total)[:3]
+    if most:
+        line.append(
+            "\n  most in " + ", ".join(f"{kind} {row.name} ({usd(row.total)} in all)" for kind, row in most)
+        )
     if regret.value_correlation is not None and regret.top_decile_share is not None:
         line.append(
             f"\n  regret and V: Spearman {regret.value_correlation:.2f}; the top tenth by V holds "
@@ -179,35 +182,32 @@ def _lost(audit: Audit) -> RenderableType:
 
 
 def _compared(audit: Audit) -> RenderableType:
-    table = _table("surplus, USD per task", "mean", "95%", "", title="")
-    real = audit.realised.surplus
-    table.add_row(
-        "audited", usd(real.mean), f"{usd(real.ci[0])} to {usd(real.ci[1])}", _policy_name(audit.case)
-    )
+    luck, real = "ex post: luck included", audit.realised.surplus
+    rows = [("audited", usd(real.mean), interval(real.ci), _policy_name(audit.case))]
     if audit.best_fixed:
         fixed = audit.best_fixed
         outside = "" if fixed.feasible else " (breaks a constraint)"
-        table.add_row(
-            "best fixed", usd(fixed.surplus), "", escape(audit.case.uses.names[fixed.use]) + outside
+        rows.append(
+            ("best fixed", usd(fixed.surplus), "", escape(audit.case.uses.names[fixed.use]) + outside)
         )
     if audit.attainable:
-        p = audit.attainable.surplus
-        table.add_row(
-            "attainable", usd(p.mean), f"{usd(p.ci[0])} to {usd(p.ci[1])}", "cross-fitted, held out"
-        )
+        policy = audit.attainable.surplus
+        rows.append(("attainable", usd(policy.mean), interval(policy.ci), "cross-fitted, held out"))
     if audit.oracle is not None:
-        table.add_row("oracle", usd(audit.oracle), "", "ex post: luck included")
-    table.add_row("oracle, may defer", usd(audit.oracle_with_defer), "", "ex post: luck included")
-    return table
+        rows.append(("oracle", usd(audit.oracle), "", luck))
+    rows.append(("oracle, may defer", usd(audit.oracle_with_defer), "", luck))
+    return _table("Surplus at declared prices, per task", ("", "mean", "95%", ""), rows)
 
 
 def _trust(audit: Audit) -> RenderableType:
     moved = [
-        f"{s.name}: regret {usd(s.regret)}" + ("".join(f", μ {mu:.3g}" for mu in s.multipliers[:3]))
-        for s in audit.scenarios[1:]
+        f"{s.name}: regret {usd(s.regret)}" + "".join(f", {mu:.3g}" for mu in s.multipliers[:NAMES_SHOWN])
+        for s in audit.scenarios
+        if s.name != "as declared"
     ]
     return Text.assemble(
-        ("\nHow it moves with its inputs\n", "bold"), "\n".join(f"  {line}" for line in moved)
+        ("\nHow it moves with its inputs (regret, then each μ in the order above)\n", "bold"),
+        "\n".join(f"  {line}" for line in moved),
     )
 
 
@@ -216,8 +216,8 @@ def certificate_line(clearing: Clearing) -> RenderableType:
     c, r = clearing.certificate, clearing.rounded
     text = f"gap {c.gap:.1g} USD per task, violation {c.max_violation:.1g}, slackness {c.slackness:.1g}"
     if r.split_tasks:
-        text += f"; {r.split_tasks} split tasks rounded: gap {r.gap:.1g}, violation {r.max_violation:.1g}"
-    return Text.assemble(("Certificate: ", "bold"), text, f" ({clearing.passes} passes)")
+        text += f"; {count(r.split_tasks, 'split tasks')} rounded: gap {r.gap:.1g}, violation {r.max_violation:.1g}"
+    return Text.assemble(("Certificate: ", "bold"), text, f" ({count(clearing.passes, 'passes')})")
 
 
 def _notes(case: Case) -> list[RenderableType]:

@@ -21,7 +21,7 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import csr_matrix, hstack
 
-from walras.equation import DEFER, Charge, after_charges, choose
+from walras.equation import DEFER, Charge, Choice, after_charges, choose
 from walras.quantities import IntArray
 from walras.risk import FloatArray
 
@@ -68,12 +68,12 @@ class Programme:
         charges, limits = [], np.empty(len(self.charges))
         for k, charge in enumerate(self.charges):
             if charge.tasks is None:
-                charges.append(Charge(charge.per_use[rows], None))
+                charges.append(replace(charge, per_use=charge.per_use[rows]))
                 limits[k] = self.limits[k] * weight.sum() / self.weight.sum()
             else:
                 inside = np.flatnonzero(np.isin(rows, charge.tasks, assume_unique=True))
                 at = np.searchsorted(charge.tasks, rows[inside])
-                charges.append(Charge(charge.per_use[at], inside))
+                charges.append(replace(charge, per_use=charge.per_use[at], tasks=inside))
                 # A scope may hold no task at all (a tenant who was idle): its weight is then 0, and so is its share.
                 limits[k] = self.limits[k] * weight[inside].sum() / (self.weight[charge.tasks].sum() or 1.0)
         return Programme(self.worth[rows], charges, limits, weight, self.defer)
@@ -108,9 +108,13 @@ class Mix:
         )
 
     def magnitude(self, programme: Programme) -> FloatArray:
-        """Σ w·share·|charge|, (K,): what a row's slack is small or large against (its limit may be 0)."""
-        charged = (np.abs(programme.charge_at(k, self.task, self.use)) for k in range(len(programme.charges)))
-        return np.array([self.total(programme, charge) for charge in charged])
+        """Σ w·share·|charge|, (K,), an SLA's bound included: what a row's slack is small or large against."""
+        out = np.empty(len(programme.charges))
+        for k, charge in enumerate(programme.charges):
+            weight = programme.weight if charge.tasks is None else programme.weight[charge.tasks]
+            charged = np.abs(programme.charge_at(k, self.task, self.use))
+            out[k] = self.total(programme, charged) + charge.offset * float(weight.sum())
+        return out
 
 
 @dataclass(slots=True)
@@ -183,35 +187,81 @@ def clear(
         mu = _sample_prices(programme, feasible, tolerance)
     ties = int(NEAR_TIES * np.sqrt(n * k))
     # The upper bound comes from the best pass; the lower one from the latest reduced LP, which only improves.
-    best_dual, best_mu = np.inf, mu
+    best = _Pass.at(programme, mu)
+    here, passes = best, 1
     solution: Solution | None = None
-    for number in range(1, MAX_PASSES + 1):
-        values = after_charges(programme.worth, programme.charges, mu)
-        chosen = choose(values, defer=programme.defer)
-        dual = float(np.sum(programme.weight * chosen.value) + mu @ programme.limits)
-        missing = columns.missing(np.arange(n), chosen.use)
-        if dual < best_dual:
-            best_dual, best_mu = dual, mu
+    while passes < MAX_PASSES:
+        missing = columns.missing(np.arange(n), here.chosen.use)
         if solution is not None:
-            solution.multipliers, solution.dual, solution.passes = best_mu, best_dual, number
+            solution.multipliers, solution.dual, solution.passes = best.mu, best.dual, passes
             if on_pass:
-                on_pass(number, (best_dual - solution.objective) / programme.weight.sum(), mu)
-            if best_dual - solution.objective <= tolerance * scale or not missing.size:
-                return solution
-        if not whole and best_mu is mu:
-            columns.add(*_near_ties(programme, values, chosen.value, ties))
-        if number == 1 or missing.size <= 2 * ties:
-            columns.add(missing, chosen.use[missing])
-        else:
-            # The reduced LP was too narrow and its prices ran away: widen it around the best prices so far.
-            ties *= 4
-            values = after_charges(programme.worth, programme.charges, best_mu)
-            chosen = choose(values, defer=programme.defer)
-            columns.add(*_near_ties(programme, values, chosen.value, ties))
+                on_pass(passes, (best.dual - solution.objective) / programme.weight.sum(), here.mu)
+            if best.dual - solution.objective <= tolerance * scale or not missing.size:
+                break
+        if solution is not None and missing.size > 2 * ties:
+            # The reduced LP was too narrow and its prices ran away: find better ones first, then look around them.
+            here, more = _descend(programme, best)
+            passes, ties, missing = passes + more, 2 * ties, columns.missing(np.arange(n), here.chosen.use)
+        if not whole and here.dual <= best.dual:
+            columns.add(*_near_ties(programme, here, ties))
+        columns.add(missing, here.chosen.use[missing])
+        best = min(best, here, key=lambda p: p.dual)
         mu, mix = _reduced_lp(programme, columns, feasible)
-        solution = Solution(best_mu, mix, mix.objective(programme), best_dual, mix.usage(programme), number)
+        here, passes = _Pass.at(programme, mu), passes + 1
+        best = min(best, here, key=lambda p: p.dual)
+        solution = Solution(best.mu, mix, mix.objective(programme), best.dual, mix.usage(programme), passes)
     assert solution is not None
     return solution
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One pass over the tasks at given prices: everybody's best response, and the bound it proves."""
+
+    mu: FloatArray
+    values: FloatArray
+    chosen: Choice
+    dual: float
+
+    @classmethod
+    def at(cls, programme: Programme, mu: FloatArray) -> _Pass:
+        values = after_charges(programme.worth, programme.charges, mu)
+        chosen = choose(values, defer=programme.defer)
+        return cls(mu, values, chosen, float(np.sum(programme.weight * chosen.value) + mu @ programme.limits))
+
+    def slope(self, programme: Programme) -> FloatArray:
+        """Subgradient of the dual: what is left of each limit, (K,)."""
+        return programme.limits - Mix.pure(self.chosen.use).usage(programme)
+
+
+def _descend(programme: Programme, start: _Pass) -> tuple[_Pass, int]:
+    """Lower the dual by cutting planes in a trust region (Kelley 1960, boxed); the best pass, and how many it took.
+
+    Each pass gives a plane below the dual. The next prices minimise the planes within a box that grows while they
+    predict well and shrinks when they do not.
+    """
+    best, planes = start, [(start.dual, start.slope(programme), start.mu)]
+    radius = 0.1 * np.maximum(_price_scale(programme, start), 1e-12)
+    passes, k = 0, start.mu.size
+    while passes < 8 + 4 * k:
+        slopes = np.array([g for _, g, _ in planes])
+        offsets = np.array([d - g @ m for d, g, m in planes])
+        scale = max(abs(best.dual), 1e-300)
+        box = [(max(0.0, m - r), m + r) for m, r in zip(best.mu, radius, strict=True)]
+        model = linprog(
+            np.append(np.zeros(k), 1.0),
+            A_ub=np.column_stack((slopes / scale, -np.ones(len(planes)))),
+            b_ub=-offsets / scale,
+            bounds=[*box, (None, None)],
+        )
+        if model.x is None or best.dual - model.x[-1] * scale <= 1e-7 * scale:
+            break
+        here, passes = _Pass.at(programme, model.x[:-1]), passes + 1
+        planes.append((here.dual, here.slope(programme), here.mu))
+        good = best.dual - here.dual >= 0.1 * (best.dual - model.x[-1] * scale)
+        radius = radius * (2.0 if good else 0.3)
+        best = min(best, here, key=lambda p: p.dual)
+    return best, passes
 
 
 def _scale(programme: Programme) -> float:
@@ -250,30 +300,44 @@ def _sample_prices(programme: Programme, feasible: Mix, tolerance: float) -> Flo
     return clear(small, feasible=part, tolerance=tolerance).multipliers
 
 
-def _near_ties(
-    programme: Programme, values: FloatArray, best: FloatArray, ties: int
-) -> tuple[IntArray, IntArray]:
-    """Columns within reach of the best one, for the `ties` tasks that are closest to changing their mind."""
-    ordered = values if values.shape[1] == 1 else np.partition(values, -2, axis=1)[:, -2:]
-    runner_up = (
-        np.where(best > ordered[:, -1], ordered[:, -1], ordered[:, 0]) if programme.defer else ordered[:, 0]
-    )
-    if programme.defer:
-        runner_up = np.where(best > 0, np.maximum(runner_up, 0.0), runner_up)
-    margin = best - runner_up
-    finite = np.flatnonzero(np.isfinite(margin))
-    if finite.size <= ties:
-        close, reach = finite, np.inf
-    else:
-        at = np.argpartition(margin[finite], ties)
-        close, reach = finite[at[:ties]], margin[finite[at[ties]]]
-    near = values[close]
-    task, use = np.nonzero(np.isfinite(near) & (near >= (best[close] - reach)[:, None]))
-    task = close[task]
-    if programme.defer:
-        may_defer = close[best[close] <= reach]
-        task, use = np.concatenate((task, may_defer)), np.concatenate((use, np.full(may_defer.size, DEFER)))
-    return task, use
+def _near_ties(programme: Programme, here: _Pass, ties: int) -> tuple[IntArray, IntArray]:
+    """Columns that a small relative change of the prices could make best, for the `ties` tasks closest to changing.
+
+    A column is as far away as its margin over what it pays differently, Σ_k price_k·|charge_k − charge_k,best|: prices err in
+    proportion, so a task with a small margin but little at stake is not near a tie.
+    """
+    reach = _reach(programme, here)
+    nearest = reach.min(axis=1)
+    limit = np.inf if nearest.size <= ties else np.partition(nearest, ties)[ties]
+    close = np.flatnonzero(nearest <= limit)[: 2 * ties]
+    task, use = np.nonzero(np.isfinite(reach[close]) & (reach[close] <= limit))
+    return close[task], np.where(use == here.values.shape[1], DEFER, use)
+
+
+def _reach(programme: Programme, here: _Pass) -> FloatArray:
+    """Relative price change that would make each column best, (N, I + 1), the last column being deferring; ∞ for the
+    chosen one and for what is not allowed."""
+    n, i = here.values.shape
+    price = _price_scale(programme, here)
+    stake = np.zeros((n, i + 1))
+    for k, charge in enumerate(programme.charges):
+        rows = np.arange(n) if charge.tasks is None else charge.tasks
+        own = programme.charge_at(k, rows, here.chosen.use[rows])[:, None]
+        there = np.concatenate((charge.per_use, np.zeros((rows.size, 1))), axis=1)
+        stake[rows] += price[k] * np.abs(there - own)
+    last = np.zeros((n, 1)) if programme.defer else np.full((n, 1), -np.inf)
+    margin = here.chosen.value[:, None] - np.concatenate((here.values, last), axis=1)
+    out = np.full(stake.shape, np.inf)
+    np.divide(margin, stake, out=out, where=(stake > 0) & np.isfinite(margin))
+    return out
+
+
+def _price_scale(programme: Programme, here: _Pass) -> FloatArray:
+    """Prices for measuring distances: the current ones, and for a row priced near 0 a hundredth of what could matter."""
+    everyone, use = np.arange(programme.weight.size), here.chosen.use
+    worth = np.abs(programme.worth_at(everyone, use)).mean()
+    charged = [np.abs(programme.charge_at(k, everyone, use)).mean() for k in range(here.mu.size)]
+    return np.array([max(m, 0.01 * worth / c if c else 0.0) for m, c in zip(here.mu, charged, strict=True)])
 
 
 def _reduced_lp(programme: Programme, columns: _Columns, feasible: Mix) -> tuple[FloatArray, Mix]:
@@ -297,8 +361,10 @@ def _reduced_lp(programme: Programme, columns: _Columns, feasible: Mix) -> tuple
     # The feasible allocation may exceed a limit by round-off, which must not make the LP infeasible.
     limits = np.maximum(programme.limits, feasible.usage(programme))
     # Rows and objective are scaled to order one: HiGHS tolerances are absolute.
-    row_scale = np.maximum(np.abs(charge[:, free]).max(axis=1, initial=0.0), 1e-300)
-    worth_scale = max(np.abs(worth[free]).max(initial=0.0), 1e-300)
+    # What is left of an SLA's charge when seconds equal the bound is round-off, not something to be scaled up.
+    offset = np.array([c.offset for c in programme.charges]) * programme.weight.max()
+    row_scale = np.maximum(_order(charge[:, free], theta_charge), offset)
+    worth_scale = float(_order(worth[None, free], np.array([theta_worth]))[0])
     tasks_free, position = np.unique(task[free], return_inverse=True)
     m = int(free.sum())
     ones: Any = csr_matrix((np.ones(m), (position, np.arange(m))), shape=(tasks_free.size, m))
@@ -320,6 +386,16 @@ def _reduced_lp(programme: Programme, columns: _Columns, feasible: Mix) -> tuple
     return mu, _mix(task, use, share, float(answer.x[-1]), feasible)
 
 
+def _order(free: FloatArray, theta: FloatArray) -> FloatArray:
+    """The size of each row's coefficients (K, M), (K,): that of its coefficient on θ where all others are 0, or 1.
+
+    The one on θ sums over all tasks and counts only then: when no task in the row's scope is free.
+    """
+    size, size_theta = np.abs(free).max(axis=1, initial=0.0), np.abs(theta)
+    size = np.where(size > 1e-9 * size_theta, size, size_theta)
+    return np.where(size > 0, size, 1.0)
+
+
 def _mix(task: IntArray, use: IntArray, share: FloatArray, theta: float, feasible: Mix) -> Mix:
     """(1 − θ) of the columns' shares plus θ of the feasible mix, each task renormalised to exactly 1."""
     if theta > 1e-12:
@@ -330,6 +406,8 @@ def _mix(task: IntArray, use: IntArray, share: FloatArray, theta: float, feasibl
         share = np.concatenate((share, theta * feasible.share))
     keep = share > 1e-12
     task, use, share = task[keep], use[keep], share[keep]
-    order = np.lexsort((use, task))
-    task, use, share = task[order], use[order], share[order]
-    return Mix(task, use, share / np.bincount(task, weights=share)[task])
+    # The feasible mix may give a task the use it has already: one share each.
+    width = int(use.max(initial=DEFER)) + 2
+    keys, at = np.unique(task * width + (use + 1), return_inverse=True)
+    tasks, total = keys // width, np.bincount(at, weights=share)
+    return Mix(tasks, keys % width - 1, total / np.bincount(tasks, weights=total)[tasks])

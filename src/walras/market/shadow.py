@@ -40,6 +40,8 @@ class Certificate:
     """dual − objective, absolute."""
     max_violation: float
     """Largest excess over a bound, relative to the bound; 0 when every constraint is met."""
+    residual: float
+    """[Z-2] residual of the allocation: what tasks lose, on average, against their best response at the prices."""
     slackness: float
     """Largest μ_k · |slack_k|: 0 when every price belongs to a constraint that binds [Z-CS]."""
     scale: float
@@ -143,7 +145,7 @@ def discover(
     for _ in range(MAX_CUTS):
         pieces = [*rows, *(cut for _, cut in cuts)]
         programme = _extend(programme, tasks, uses, pieces)
-        feasible = _feasible_mix(programme, pieces, feasible)
+        feasible = _feasible_mix(programme, tasks, uses, pieces, feasible)
         if solution is not None:
             start = np.append(solution.multipliers, np.zeros(len(pieces) - solution.multipliers.size))
         elif start is not None and start.size != len(pieces):
@@ -210,7 +212,9 @@ def _extend(programme: Programme, tasks: Tasks, uses: Uses, constraints: Sequenc
 # --- feasibility ------------------------------------------------------------------------------------------------
 
 
-def _feasible_mix(programme: Programme, constraints: Sequence[Constraint], known: Mix | None) -> Mix | None:
+def _feasible_mix(
+    programme: Programme, tasks: Tasks, uses: Uses, constraints: Sequence[Constraint], known: Mix | None
+) -> Mix | None:
     """An allocation within all limits; None when deferring everywhere is one.
 
     Rows are met one after another, hard ones first: given an allocation within the rows so far, take the one that
@@ -235,12 +239,19 @@ def _feasible_mix(programme: Programme, constraints: Sequence[Constraint], known
             charges=[programme.charges[j] for j in met],
             limits=programme.limits[met],
         )
-        # An earlier feasible mix may fail the rows met so far only when it came from outside this loop.
-        inside = mix if _within(programme, mix, met) else None
-        solution = clear(least, feasible=inside or Mix.pure(choose(cheapest, defer=False).use))
-        mix = solution.mix
-        if not _within(programme, mix, [k]):
-            raise _infeasible(programme, constraints, k, met, -solution.objective)
+        solution = clear(least, feasible=mix)  # which is within the rows met so far
+        if _within(programme, solution.mix, [k]):
+            mix = solution.mix
+            continue
+        if constraints[k].kind == "portfolio_envelope":
+            # That was the least of one linear piece; with the bound, all pieces of the envelope would move.
+            met = [j for j in met if not _same_envelope(constraints[j], constraints[k])]
+            least_bound = _least_envelope(programme, tasks, uses, constraints[k], met, mix)
+        else:
+            weight = float(programme.weight.sum() if rows is None else programme.weight[rows].sum())
+            # An SLA's charge is measured against its bound, and every task in scope is served.
+            least_bound = -solution.objective / weight + programme.charges[k].offset
+        raise _infeasible(constraints[k], [constraints[j] for j in met], least_bound)
     return mix
 
 
@@ -250,16 +261,8 @@ def _within(programme: Programme, mix: Mix, rows: Sequence[int]) -> bool:
     return all(excess[k] <= small[k] for k in rows)
 
 
-def _infeasible(
-    programme: Programme, constraints: Sequence[Constraint], k: int, met: Sequence[int], least_total: float
-) -> InfeasibleError:
-    row = constraints[k]
-    tasks = programme.charges[k].tasks
-    weight = float(programme.weight.sum() if tasks is None else programme.weight[tasks].sum())
-    # An SLA's charge is measured against its bound, and every task in scope is served.
-    least = least_total / weight + (row.bound if row.layer == "latency" else 0.0)
-    others = [constraints[j].name for j in met]
-    given = f" given {' and '.join(others)}" if others else ""
+def _infeasible(row: Constraint, met: Sequence[Constraint], least: float) -> InfeasibleError:
+    given = f" given {' and '.join(dict.fromkeys(c.name for c in met))}" if met else ""
     return InfeasibleError(
         f"infeasible: {row.name} cannot be met{given}; the least bound that would do is {_round_up(least):.4g} "
         f"({'a hard constraint: it is not relaxed' if row.hard else 'raise it, or let tasks be deferred'})",
@@ -296,6 +299,53 @@ def _scenario_totals(tasks: Tasks, uses: Uses, constraint: Constraint, mix: Mix)
     shares = tasks.weight[mix.task[keep]] * mix.share[keep]
     totals: FloatArray = shares @ losses / (tasks.weight[inside].sum() or 1.0)
     return totals
+
+
+def _same_envelope(a: Constraint, b: Constraint) -> bool:
+    return replace(a, density=None) == replace(b, density=None)
+
+
+def _least_envelope(
+    programme: Programme, tasks: Tasks, uses: Uses, envelope: Constraint, met: Sequence[int], mix: Mix
+) -> float:
+    """The least bound of a portfolio envelope that does beside the rows `met`, which `mix` meets; nobody defers.
+
+    It is the least, over allocations, of the worst weighted loss. One more task makes that a programme like any
+    other: its share of a use that grants `most` to every piece of the envelope is the bound, and costs as much.
+    """
+    assert envelope.measure is not None
+    assert uses.losses is not None
+    n, i = programme.worth.shape
+    allowed = np.isfinite(programme.worth)
+    members = envelope.scope.members(tasks)
+    scope = np.ones(n) if members is None else members.astype(np.float64)
+    mass = scope / (tasks.weight @ scope)
+    most = float(np.where(allowed[:, :, None], uses.losses, 0.0).max())
+    worth = np.full((n + 1, i + 1), -np.inf)
+    worth[:n, :i] = np.where(allowed, 0.0, -np.inf)
+    worth[n, [0, i]] = 0.0, -most
+    charges = [
+        replace(charge, per_use=np.pad(charge.per_use, ((0, int(charge.tasks is None)), (0, 1))))
+        for charge in (programme.charges[j] for j in met)
+    ]
+    limits = programme.limits[met]
+    grant = Mix(np.append(mix.task, n), np.append(mix.use, i), np.append(mix.share, 1.0))
+    least = most
+    for _ in range(MAX_CUTS):
+        density = envelope.measure.density(_scenario_totals(tasks, uses, envelope, mix))
+        piece = np.zeros((n + 1, i + 1))
+        piece[:n, :i] = np.where(allowed, mass[:, None] * (uses.losses @ density), 0.0)
+        piece[n, i] = -most
+        charges, limits = [*charges, Charge(piece, None)], np.append(limits, 0.0)
+        epigraph = Programme(worth, charges, limits, np.append(programme.weight, 1.0), defer=False)
+        solution = clear(epigraph, feasible=grant)
+        real = solution.mix.task < n
+        mix = Mix(solution.mix.task[real], solution.mix.use[real], solution.mix.share[real])
+        totals = _scenario_totals(tasks, uses, envelope, mix)
+        least = min(least, float(envelope.measure.density(totals) @ totals))
+        if least <= -solution.objective * (1 + 1e-9) + 1e-15:
+            break
+    return least
 
 
 def _broken_envelopes(
@@ -358,7 +408,9 @@ def _zero_slack_prices(programme: Programme, solution: Solution) -> Solution:
     """Multipliers of rows with slack set to exactly 0 [Z-CS], and the bound recomputed at what remains."""
     slack = programme.limits - solution.usage
     tight = slack <= ROUND_OFF * np.maximum(np.abs(programme.limits), solution.mix.magnitude(programme))
-    mu = np.where(tight, solution.multipliers, 0.0)
+    # A scope without tasks has no use for a price, such as one it was started from.
+    idle = [charge.tasks is not None and not charge.tasks.size for charge in programme.charges]
+    mu = np.where(tight & ~np.array(idle, dtype=np.bool_), solution.multipliers, 0.0)
     if (mu == solution.multipliers).all():
         return solution
     values = after_charges(programme.worth, programme.charges, mu)
@@ -394,13 +446,17 @@ def measure_usage(
 def _certificate(programme: Programme, solution: Solution, usage: Sequence[Usage]) -> Certificate:
     total = float(programme.weight.sum())
     worth = np.where(np.isfinite(programme.worth), np.abs(programme.worth), 0.0).max(axis=1)
-    slack = np.abs(programme.limits - solution.usage)
+    slack = programme.limits - solution.usage
+    mu = solution.multipliers
+    # dual = Σ w·best + μ·limit and objective = Σ w·got + μ·usage: what is left of the gap besides the slack.
+    residual = solution.dual - solution.objective - float(mu @ slack)
     return Certificate(
         objective=solution.objective / total,
         dual=solution.dual / total,
         gap=abs(solution.dual - solution.objective) / total,
         max_violation=max((u.excess for u in usage), default=0.0),
-        slackness=float(np.max(solution.multipliers * slack, initial=0.0)) / total,
+        residual=abs(residual) / total,
+        slackness=float(np.max(mu * np.abs(slack), initial=0.0)) / total,
         scale=float(np.sum(programme.weight * worth)) / total,
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import RecordBatch
@@ -135,12 +136,14 @@ class _Gather:
     origin: list[tuple[Path, int, int]] = field(default_factory=list)
     """(file, its first row, rows before it) of each batch, to name a row again."""
     rows: int = 0
+    scenarios: int | None = None
+    """How many losses a row has; None until a row has any."""
 
     def add(self, path: Path, first: int, batch: RecordBatch) -> None:
         self.origin.append((path, first, self.rows))
         columns: dict[str, NDArray[Any]] = {
             "request": self.requests.encode(batch.column("request_id")).astype(np.int32),
-            "model": self.models.encode(batch.column("model")).astype(np.int16),
+            "model": self.models.encode(batch.column("model")).astype(np.int32),
         }
         for name in (*_PER_USE, *_PER_TASK, *self.extra):
             if name in batch.schema.names:
@@ -149,7 +152,8 @@ class _Gather:
             if name in batch.schema.names:
                 columns[name] = self.labels[name].encode(batch.column(name)).astype(np.int32)
         if "chosen" in batch.schema.names:
-            columns["chosen"] = batch.column("chosen").fill_null(False).to_numpy(zero_copy_only=False)
+            flag: Any = batch.column("chosen")
+            columns["chosen"] = flag.cast(pa.int8()).fill_null(-1).to_numpy(zero_copy_only=False)
         if "risk_scenarios" in batch.schema.names:
             columns["risk_scenarios"] = self._scenarios(path, first, batch.column("risk_scenarios"))
         for name, column in columns.items():
@@ -157,12 +161,20 @@ class _Gather:
         self.rows += batch.num_rows
 
     def _scenarios(self, path: Path, first: int, lists: Any) -> FloatArray:
-        lengths = np.unique(lists.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False))
-        if lengths.size != 1 or lengths[0] < 1:
-            problem = "needs the same number of scenarios, at least one, in every row"
-            raise RecordError(problem, path=path, row=first, field="risk_scenarios")
-        flat: FloatArray = lists.flatten().to_numpy(zero_copy_only=False)
-        return flat.reshape(len(lists), int(lengths[0]))
+        lengths = lists.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
+        known = lengths >= 0
+        if self.scenarios is None and known.any():
+            self.scenarios = int(lengths[known][0])
+        wrong = np.flatnonzero(known & ((lengths != self.scenarios) | (lengths < 1)))
+        if wrong.size:
+            problem = f"holds {lengths[wrong[0]]} scenarios; every row needs the same number, at least one"
+            if lengths[wrong[0]] != self.scenarios:
+                problem += f" (the first row that has any holds {self.scenarios})"
+            raise RecordError(problem, path=path, row=first + int(wrong[0]), field="risk_scenarios")
+        out = np.full((len(lists), self.scenarios or 0), np.nan)
+        if known.any():
+            out[known] = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, out.shape[1])
+        return out
 
     def log(self, synthetic: bool) -> Log:
         request, model = self._whole("request"), self._whole("model")
@@ -179,9 +191,13 @@ class _Gather:
         for name in ("quality", "cost_usd"):
             if name not in per_use:
                 raise RecordError("is null in every row", path=self.origin[0][0], field=name)
+        # Batches before the first known losses did not know how many scenarios there are.
+        for k, part in enumerate(self.batches.get("risk_scenarios", [])):
+            if part.shape[1] != (self.scenarios or 0):
+                self.batches["risk_scenarios"][k] = np.full((len(part), self.scenarios or 0), np.nan)
         scenarios = self._whole("risk_scenarios")
         losses = None
-        if scenarios is not None:
+        if scenarios is not None and self.scenarios is not None:
             losses = np.full((*shape, scenarios.shape[1]), np.nan)
             losses[request, model] = scenarios
         return Log(
@@ -204,6 +220,8 @@ class _Gather:
         if not parts:
             return None
         if sum(len(part) for part in parts) != self.rows:
+            if all((np.isnan(part) if part.dtype.kind == "f" else part < 0).all() for part in parts):
+                return None
             raise RecordError("is in some of the files only", path=self.origin[-1][0], field=name)
         return np.concatenate(parts)
 
@@ -230,11 +248,11 @@ class _Gather:
         """From `chosen`; without it, a log with one row for every request is a log of what was used."""
         flag = self._whole("chosen")
         chosen = np.full(n, UNKNOWN, dtype=np.int64)
-        if flag is None:
+        if flag is None or (flag < 0).all():
             if request.size == n:
                 chosen[request] = model
             return chosen
-        rows = np.flatnonzero(flag)
+        rows = np.flatnonzero(flag > 0)
         twice = np.flatnonzero(np.bincount(request[rows], minlength=n) > 1)
         if twice.size:
             path, number = self._blame(int(rows[request[rows] == twice[0]][1]))

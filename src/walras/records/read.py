@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,15 @@ _FORMATS = {
     ".ndjson": "jsonl",
 }
 
+_MAGIC = {
+    b"PAR1": "Parquet",
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "a zip file or spreadsheet",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
+"""First bytes of what people rename to .csv or .jsonl."""
+
 OnRows = Callable[[int, int], None]
 """Called with rows and (uncompressed or file) bytes read so far, for progress."""
 
@@ -49,9 +61,10 @@ def read_records(
         RecordError: names the file, and row (from 1) and column where there is one to blame.
     """
     kind = _format(path)
+    wanted: Wanted = {}
     try:
         source = _columns_of(path, kind)
-        wanted = _resolve(path, source, columns, names or {}, extra)
+        wanted = _resolve(path, source, columns, names or {}, extra, sparse=kind == "jsonl")
         number, batches = 1, _batches(path, kind, wanted)
         for raw, done in batches:
             if not raw.num_rows:
@@ -63,7 +76,7 @@ def read_records(
             if on_rows:
                 on_rows(number - 1, done)
     except pa.ArrowException as error:
-        raise _translate(path, kind, error) from error
+        raise _translate(path, kind, error, wanted) from error
     except UnicodeDecodeError as error:
         raise _not_text(path) from error
     except (OSError, EOFError, zlib.error) as error:
@@ -85,6 +98,14 @@ def _format(path: Path) -> str:
         raise RecordError(f"unknown extension '{''.join(suffixes)}'", path=path, hint=f"readable: {known}")
     if path.stat().st_size == 0:
         raise RecordError("is empty", path=path)
+    if kind != "parquet" and path.suffix != ".gz":
+        with path.open("rb") as file:
+            start = file.read(4)
+        for magic, what in _MAGIC.items():
+            if start.startswith(magic):
+                raise RecordError(
+                    f"is {what}, not UTF-8 text", path=path, hint="export it again, or rename it"
+                )
     return kind
 
 
@@ -97,8 +118,35 @@ def _columns_of(path: Path, kind: str) -> list[str]:
     if kind == "csv":
         with _open_csv(path) as reader:
             return list(reader.schema.names)
-    with pa.json.open_json(_stream(path), read_options=pa.json.ReadOptions(block_size=BATCH_BYTES)) as reader:
-        return list(reader.schema.names)
+    return list(_json_head(path))
+
+
+def _json_head(path: Path) -> dict[str, Any]:
+    """Keys of the first records, each with its first value that is not null."""
+    head: dict[str, Any] = {}
+    with _stream(path) as stream:
+        text = stream.read(BATCH_BYTES)
+    lines = text.splitlines()
+    for line in lines if len(text) < BATCH_BYTES else lines[:-1] or lines:
+        try:
+            record = json.loads(line) if line.strip() else {}
+        except ValueError:  # told with its row by `_translate`, when the parser comes to it
+            record = {}
+        for key, value in record.items() if isinstance(record, dict) else ():
+            if head.get(key) is None:
+                head[key] = value
+    if not head:
+        raise _json_fault(path, {}) or RecordError("has no records", path=path)
+    return head
+
+
+def _json_type(column: Column, value: Any) -> pa.DataType:
+    """The type to parse: loggers write ids as numbers, flags as 0 and 1, decimals as text; the cast comes after."""
+    if isinstance(value, bool):
+        return pa.bool_()
+    if isinstance(value, int) and not pa.types.is_floating(column.type):
+        return pa.int64()
+    return pa.string() if isinstance(value, str) else column.type
 
 
 Wanted = dict[str, tuple[Column, str]]
@@ -106,8 +154,15 @@ Wanted = dict[str, tuple[Column, str]]
 
 
 def _resolve(
-    path: Path, source: Sequence[str], columns: Sequence[str], names: Mapping[str, str], extra: Sequence[str]
+    path: Path,
+    source: Sequence[str],
+    columns: Sequence[str],
+    names: Mapping[str, str],
+    extra: Sequence[str],
+    *,
+    sparse: bool = False,
 ) -> Wanted:
+    """Which column of the file is which. `sparse`: a key may first occur late in the file, so look for it anyway."""
     for name in names:
         if name not in BY_NAME:
             raise RecordError(
@@ -126,10 +181,15 @@ def _resolve(
                 path=path,
                 hint=f"{nearest(candidates[0], source)}; name it with --map {name}=COLUMN",
             )
+        elif sparse:
+            wanted[name] = (column, name)
     for name in extra:
         if name not in source:
             raise RecordError(f"no column '{name}'", path=path, hint=nearest(name, source))
         wanted[name] = (Column(name, pa.float64(), "", low=0), name)
+    twice = next((name for _, name in wanted.values() if source.count(name) > 1), None)
+    if twice is not None:
+        raise RecordError("occurs twice in the header", path=path, field=twice, hint="rename one of the two")
     return wanted
 
 
@@ -151,7 +211,8 @@ def _open_csv(path: Path, wanted: Wanted | None = None) -> Any:
         options["column_types"] = {name: column.type for column, name in wanted.values()}
     return pa.csv.open_csv(
         _stream(path),
-        read_options=pa.csv.ReadOptions(block_size=BATCH_BYTES),
+        # One thread is as fast here, and only then do Arrow's errors tell the row.
+        read_options=pa.csv.ReadOptions(block_size=BATCH_BYTES, use_threads=False),
         parse_options=pa.csv.ParseOptions(newlines_in_values=True),
         convert_options=pa.csv.ConvertOptions(**options),
     )
@@ -170,7 +231,8 @@ def _batches(path: Path, kind: str, wanted: Wanted) -> Iterator[tuple[pa.RecordB
     if kind == "csv":
         reader = _open_csv(path, wanted)
     else:
-        schema = pa.schema([(name, column.type) for column, name in wanted.values()])
+        head = _json_head(path)
+        schema = pa.schema([(name, _json_type(column, head.get(name))) for column, name in wanted.values()])
         reader = pa.json.open_json(
             _stream(path),
             read_options=pa.json.ReadOptions(block_size=BATCH_BYTES),
@@ -193,16 +255,47 @@ def _conform(path: Path, raw: pa.RecordBatch, wanted: Wanted, first: int) -> pa.
         if array.type != column.type:
             try:
                 array = array.cast(column.type)
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                row = _first_bad(array, partial(_cast, to=column.type))
+                problem = f"is {_shown(array[row].as_py())}, expected {_KIND[column.type]}"
+                raise RecordError(problem, path=path, row=first + row, field=source) from error
+        if column.type == pa.string():
+            try:
+                array.validate(full=True)
             except pa.ArrowInvalid as error:
-                problem = (
-                    f"holds {array.type}, which does not read as {column.type}: {str(error).splitlines()[0]}"
-                )
-                raise RecordError(problem, path=path, field=source) from error
-            except pa.ArrowNotImplementedError as error:
-                problem = f"holds {array.type}, expected {column.type}"
-                raise RecordError(problem, path=path, row=first, field=source) from error
+                row = _first_bad(array, lambda one: one.validate(full=True))
+                raise RecordError(
+                    "is not UTF-8 text", path=path, row=first + row, field=source, hint=_RECODE
+                ) from error
         arrays[name] = array
     return pa.RecordBatch.from_pydict(arrays)
+
+
+_KIND = {
+    pa.string(): "text",
+    pa.float64(): "a number",
+    pa.bool_(): "true or false",
+    pa.list_(pa.float64()): "a list of numbers",
+}
+
+
+def _cast(array: Any, to: pa.DataType) -> Any:
+    return array.cast(to)
+
+
+def _first_bad(array: Any, check: Callable[[Any], Any]) -> int:
+    """Position of the first element that fails `check`."""
+    for row in range(len(array)):
+        try:
+            check(array[row : row + 1])
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            return row
+    return 0
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 40 else text[:37] + "…"
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -218,10 +311,12 @@ def _check(path: Path, batch: pa.RecordBatch, wanted: Wanted, first: int) -> Non
             _check_range(path, array, column, source, first)
         elif pa.types.is_list(column.type):
             flat = array.flatten().to_numpy(zero_copy_only=False)
-            if flat.size and not (np.isfinite(flat) & (flat >= 0)).all():
-                raise RecordError(
-                    "holds a loss that is negative or not finite", path=path, row=first, field=source
-                )
+            wrong = np.flatnonzero(~(np.isfinite(flat) & (flat >= 0)))
+            if wrong.size:
+                lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+                row = int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
+                problem = f"holds a loss of {flat[wrong[0]]:g}, which must be finite and ≥ 0"
+                raise RecordError(problem, path=path, row=first + row, field=source)
 
 
 def _check_range(path: Path, array: Any, column: Column, source: str, first: int) -> None:
@@ -251,7 +346,11 @@ def _check_range(path: Path, array: Any, column: Column, source: str, first: int
 # --- errors of the parsers --------------------------------------------------------------------------------------------
 
 
-def _translate(path: Path, kind: str, error: pa.ArrowException) -> RecordError:
+_RECODE = "convert it: iconv -f LATIN1 -t UTF-8"
+_CSV_ROW = re.compile(r"(?:In CSV column #(\d+): )?(?:CSV parse error: )?Row #(\d+): (.*)", re.DOTALL)
+
+
+def _translate(path: Path, kind: str, error: pa.ArrowException, wanted: Wanted) -> RecordError:
     text = str(error).splitlines()[0]
     if "UTF8" in text or "UTF-8" in text:
         return _not_text(path)
@@ -261,26 +360,82 @@ def _translate(path: Path, kind: str, error: pa.ArrowException) -> RecordError:
             path=path,
             hint="was it cut off, or is it still being written?",
         )
-    return RecordError(f"is not readable as {kind}: {text}", path=path)
+    if "straddling" in text:
+        return RecordError(
+            f"has a record longer than {BATCH_BYTES >> 20} MB, or a quote that is never closed", path=path
+        )
+    fault = _csv_fault(path, str(error)) if kind == "csv" else _json_fault(path, wanted)
+    return fault or RecordError(f"is not readable as {kind}: {text}", path=path)
+
+
+def _csv_fault(path: Path, text: str) -> RecordError | None:
+    """Arrow's message with record number and column name; Arrow counts the header as row 1."""
+    match = _CSV_ROW.match(text)
+    if match is None:
+        return None
+    row, problem = int(match[2]) - 1, match[3].splitlines()[0]
+    if match[1] is not None:
+        value = problem.rpartition("invalid value ")[2]
+        kind = "true or false" if "to bool" in problem else "a number"
+        field = _columns_of(path, "csv")[int(match[1])]
+        return RecordError(f"is {value}, expected {kind}", path=path, row=row, field=field)
+    hint = "quote what holds commas, quotes or line breaks"
+    return RecordError(problem[:1].lower() + problem[1:], path=path, row=row, hint=hint)
+
+
+def _json_fault(path: Path, wanted: Wanted) -> RecordError | None:
+    """The first record that is not what it should be: read again, slowly, only now that something is known to be wrong."""
+    with _stream(path) as stream:
+        row = 0
+        for line in _lines(stream):
+            if not line.strip():
+                continue
+            row += 1
+            try:
+                record = json.loads(line)
+            except UnicodeDecodeError:
+                return RecordError("is not UTF-8 text", path=path, row=row, hint=_RECODE)
+            except json.JSONDecodeError as error:
+                problem = f"is not JSON: {error.msg} at character {error.pos + 1}"
+                return RecordError(problem, path=path, row=row, hint="one object per line")
+            if not isinstance(record, dict):
+                return RecordError("is not a JSON object", path=path, row=row, hint="one object per line")
+            for column, name in wanted.values():
+                if not _fits(record.get(name), column.type):
+                    problem = f"is {_shown(record[name])}, expected {_KIND[column.type]}"
+                    return RecordError(problem, path=path, row=row, field=name)
+    return None
+
+
+def _fits(value: Any, kind: pa.DataType) -> bool:
+    if value is None:
+        return True
+    if kind == pa.string():
+        return isinstance(value, str)
+    if kind == pa.float64():
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == pa.bool_():
+        return isinstance(value, bool)
+    return isinstance(value, list) and all(_fits(item, pa.float64()) for item in value)
+
+
+def _lines(stream: Any) -> Iterator[bytes]:
+    tail = b""
+    while chunk := stream.read(1 << 20):
+        *lines, tail = (tail + chunk).split(b"\n")
+        yield from lines
+    yield tail
 
 
 def _not_text(path: Path) -> RecordError:
     """Which line is not UTF-8: read again only now that something is known to be wrong."""
     with _stream(path) as stream:
-        tail, line = b"", 0
-        while chunk := stream.read(1 << 20):
-            *lines, tail = (tail + chunk).split(b"\n")
-            for number, text in enumerate(lines, line + 1):
-                try:
-                    text.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    return _bad_line(path, number, error)
-            line += len(lines)
-        try:
-            tail.decode("utf-8")
-        except UnicodeDecodeError as error:
-            return _bad_line(path, line + 1, error)
-    return RecordError("is not UTF-8 text", path=path, hint="convert it: iconv -f LATIN1 -t UTF-8")
+        for number, text in enumerate(_lines(stream), 1):
+            try:
+                text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return _bad_line(path, number, error)
+    return RecordError("is not UTF-8 text", path=path, hint=_RECODE)
 
 
 def _bad_line(path: Path, line: int, error: UnicodeDecodeError) -> RecordError:
@@ -288,5 +443,5 @@ def _bad_line(path: Path, line: int, error: UnicodeDecodeError) -> RecordError:
     return RecordError(
         f"line {line} is not UTF-8 (byte 0x{byte:02x})",
         path=path,
-        hint="convert it: iconv -f LATIN1 -t UTF-8",
+        hint=_RECODE,
     )

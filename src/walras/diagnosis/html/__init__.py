@@ -1,0 +1,59 @@
+"""The audit as one self-contained HTML page: opens without a network, loads nothing, runs no script but its own two."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import uuid
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from plotly.offline import get_plotlyjs
+
+from walras.diagnosis.audit import Audit
+from walras.diagnosis.html.sections import report
+from walras.diagnosis.html.text import esc
+from walras.errors import OutputError
+
+
+def html_report(audit: Audit, title: str) -> str:
+    """The report as one page; `title` names what was audited."""
+    here = files(__package__)
+    style, script, page = (
+        here.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "page.html")
+    )
+    plotly = get_plotlyjs()
+    return Template(page).substitute(
+        title=esc(title),
+        allowed=f"{_hash(plotly)} {_hash(script)}",
+        style=style,
+        body=report(audit, title),
+        plotly=plotly,
+        script=script,
+    )
+
+
+def _hash(script: str) -> str:
+    """What the content security policy knows a script by; any other is not run."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def write_html(audit: Audit, path: Path, title: str) -> None:
+    """Write the report, whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    page = html_report(audit, title)
+    # In the same folder, because a rename is atomic only inside one file system.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        try:
+            with partial.open("x", encoding="utf-8", newline="\n") as sink:
+                sink.write(page)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
