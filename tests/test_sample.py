@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from walras.errors import SettingsError
-from walras.simulate import SAMPLE_SCHEMA, sample, sample_batches, sample_log, write_sample
+from walras.simulate import SAMPLE_SCHEMA, day, sample, sample_batches, sample_log, write_sample
 
 MODELS = ["nano", "small", "medium", "large", "frontier"]
 SEEDS = range(4)
@@ -99,7 +99,7 @@ def test_every_row_is_lawful(tasks: int, seed: int) -> None:
 @given(tasks=any_tasks, seed=any_seed)
 def test_tokens_are_parts_of_their_wholes_and_make_the_cost(tasks: int, seed: int) -> None:
     for row in sample_log(tasks, seed).slice(0, 20).to_pylist():
-        model = sample.MODELS[MODELS.index(row["model"])]
+        model = day.MODELS[MODELS.index(row["model"])]
         assert 0 <= row["cached_input_tokens"] <= row["input_tokens"]
         assert 0 <= row["reasoning_tokens"] < row["output_tokens"]
         fresh = row["input_tokens"] - row["cached_input_tokens"]
@@ -121,15 +121,15 @@ def test_risk_is_the_mean_of_its_scenarios_and_reading_has_none(tasks: int, seed
 
 
 def test_parameters_make_sense() -> None:
-    assert sum(tenant.share for tenant in sample.TENANTS) == pytest.approx(1)
-    for tenant in sample.TENANTS:
+    assert sum(tenant.share for tenant in day.TENANTS) == pytest.approx(1)
+    for tenant in day.TENANTS:
         assert sum(tenant.mix) == pytest.approx(1)
-        assert len(tenant.mix) == len(sample.CLASSES)
-    load = sample._diurnal_load(np.linspace(0, sample.DAY_S, 1441))
+        assert len(tenant.mix) == len(day.CLASSES)
+    load = day.diurnal_load(np.linspace(0, day.DAY_S, 1441))
     assert load.min() > 0
-    assert load.max() * max(model.utilisation for model in sample.MODELS) < 1
+    assert load.max() * max(model.utilisation for model in day.MODELS) < 1
     for rising in ("strength", "input_usd", "output_usd", "first_token_s", "decode_s"):
-        steps = [getattr(model, rising) for model in sample.MODELS]
+        steps = [getattr(model, rising) for model in day.MODELS]
         assert steps == sorted(set(steps))
 
 
@@ -198,15 +198,15 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, suffix: str, stop:
 
 
 def test_a_block_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    block = sample._block
+    block = sample.draw_block
 
     def fails_later(rng: np.random.Generator, first: int, *rest: object) -> pa.RecordBatch:
         if first > 1:
             raise MemoryError
         return block(rng, first, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sample, "_BLOCK_TASKS", 8)
-    monkeypatch.setattr(sample, "_block", fails_later)
+    monkeypatch.setattr(day, "BLOCK_TASKS", 8)
+    monkeypatch.setattr(sample, "draw_block", fails_later)
     with pytest.raises(MemoryError):
         write_sample(tmp_path / "s.parquet", 20, 0)
     assert list(tmp_path.iterdir()) == []
@@ -226,7 +226,7 @@ def test_errors_of_the_file_system_pass_through(tmp_path: Path) -> None:
 
 def test_arrivals_are_poisson_with_a_diurnal_rate() -> None:
     tasks = 20_000  # more than one block
-    share = sample._diurnal_share(log(0, tasks).time)
+    share = day.diurnal_share(log(0, tasks).time)
     # In the clock of expected arrivals the process is homogeneous: uniform counts, exponential gaps.
     counts = np.histogram(share, bins=24, range=(0, 1))[0]
     assert ((counts - tasks / 24) ** 2 / (tasks / 24)).sum() < 50  # χ², 23 degrees of freedom: P < 0.001
