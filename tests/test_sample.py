@@ -62,7 +62,7 @@ def log(seed: int = 0, tasks: int = 2000) -> Log:
 @given(tasks=any_tasks, seed=any_seed, batch_tasks=st.integers(1, 250))
 def test_batches_of_any_size_hold_the_same_log(tasks: int, seed: int, batch_tasks: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "_BLOCK_TASKS", 64)  # so that a small log has several blocks
+        patch.setattr(day, "BLOCK_TASKS", 64)  # so that a small log has several blocks
         batches = list(sample_batches(tasks, seed, batch_tasks))
         whole = sample_log(tasks, seed)
     assert pa.Table.from_batches(batches).equals(whole, check_metadata=True)
