@@ -16,6 +16,14 @@ import numpy as np
 
 from walras.equation import DEFER, Charge, after_charges, choose, surplus
 from walras.errors import InfeasibleError, NotCleared
+from walras.market.envelopes import (
+    MAX_CUTS,
+    at_their_densities,
+    broken_envelopes,
+    least_envelope,
+    same_envelope,
+    scenario_totals,
+)
 from walras.market.programme import Mix, Programme, Solution, clear
 from walras.prices import Constraint, Numeraire, Price, Prices
 from walras.quantities import USD, IntArray, Tasks, Uses
@@ -23,7 +31,6 @@ from walras.risk import FloatArray
 
 GAP_TOLERANCE = 1e-6
 """Largest certified gap, relative to |objective| or to 1e-3 of the mean worth at stake, whichever is larger."""
-MAX_CUTS = 200
 ROUND_OFF = 1e-9
 """Slack below this share of what a row sums up is round-off: the row binds."""
 
@@ -152,13 +159,13 @@ def discover(
             start = None
         solution = clear(programme, feasible=feasible, start=start, on_pass=report)
         passes += solution.passes
-        broken = _broken_envelopes(tasks, uses, constraints, solution.mix)
+        broken = broken_envelopes(tasks, uses, constraints, solution.mix)
         if not broken:
             break
         cuts += broken
     assert solution is not None
     solution = _zero_slack_prices(programme, solution)
-    constraints = _at_their_densities(tasks, uses, constraints, solution.mix)
+    constraints = at_their_densities(tasks, uses, constraints, solution.mix)
     prices = Prices(_prices(constraints, rows, cuts, solution.multipliers), tuple(declared), numeraire)
     if numeraire == "compute":
         prices.normalised()  # raises when compute has no price
@@ -245,8 +252,8 @@ def _feasible_mix(
             continue
         if constraints[k].kind == "portfolio_envelope":
             # That was the least of one linear piece; with the bound, all pieces of the envelope would move.
-            met = [j for j in met if not _same_envelope(constraints[j], constraints[k])]
-            least_bound = _least_envelope(programme, tasks, uses, constraints[k], met, mix)
+            met = [j for j in met if not same_envelope(constraints[j], constraints[k])]
+            least_bound = least_envelope(programme, tasks, uses, constraints[k], met, mix)
         else:
             weight = float(programme.weight.sum() if rows is None else programme.weight[rows].sum())
             # An SLA's charge is measured against its bound, and every task in scope is served.
@@ -278,101 +285,6 @@ def _round_up(bound: float) -> float:
         return 0.0
     unit = 10.0 ** (np.floor(np.log10(bound)) - 3)
     return float(np.ceil(bound / unit * (1 - 1e-12)) * unit)
-
-
-# --- portfolio envelopes ------------------------------------------------------------------------------------------
-
-
-def _scenario_totals(tasks: Tasks, uses: Uses, constraint: Constraint, mix: Mix) -> FloatArray:
-    """Mean loss per task in scope by scenario, (S,), under the mix."""
-    if uses.losses is None:
-        raise InfeasibleError(
-            f"{constraint.name}: the records carry no losses by scenario",
-            constraint=constraint.name,
-            bound=constraint.bound,
-            least=None,
-        )
-    members = constraint.scope.members(tasks)
-    inside = np.ones(len(tasks), dtype=np.bool_) if members is None else members
-    keep = (mix.use != DEFER) & inside[mix.task]
-    losses = uses.losses[mix.task[keep], mix.use[keep]]
-    shares = tasks.weight[mix.task[keep]] * mix.share[keep]
-    totals: FloatArray = shares @ losses / (tasks.weight[inside].sum() or 1.0)
-    return totals
-
-
-def _same_envelope(a: Constraint, b: Constraint) -> bool:
-    return replace(a, density=None) == replace(b, density=None)
-
-
-def _least_envelope(
-    programme: Programme, tasks: Tasks, uses: Uses, envelope: Constraint, met: Sequence[int], mix: Mix
-) -> float:
-    """The least bound of a portfolio envelope that does beside the rows `met`, which `mix` meets; nobody defers.
-
-    It is the least, over allocations, of the worst weighted loss. One more task makes that a programme like any
-    other: its share of a use that grants `most` to every piece of the envelope is the bound, and costs as much.
-    """
-    assert envelope.measure is not None
-    assert uses.losses is not None
-    n, i = programme.worth.shape
-    allowed = np.isfinite(programme.worth)
-    members = envelope.scope.members(tasks)
-    scope = np.ones(n) if members is None else members.astype(np.float64)
-    mass = scope / (tasks.weight @ scope)
-    most = float(np.where(allowed[:, :, None], uses.losses, 0.0).max())
-    worth = np.full((n + 1, i + 1), -np.inf)
-    worth[:n, :i] = np.where(allowed, 0.0, -np.inf)
-    worth[n, [0, i]] = 0.0, -most
-    charges = [
-        replace(charge, per_use=np.pad(charge.per_use, ((0, int(charge.tasks is None)), (0, 1))))
-        for charge in (programme.charges[j] for j in met)
-    ]
-    limits = programme.limits[met]
-    grant = Mix(np.append(mix.task, n), np.append(mix.use, i), np.append(mix.share, 1.0))
-    least = most
-    for _ in range(MAX_CUTS):
-        density = envelope.measure.density(_scenario_totals(tasks, uses, envelope, mix))
-        piece = np.zeros((n + 1, i + 1))
-        piece[:n, :i] = np.where(allowed, mass[:, None] * (uses.losses @ density), 0.0)
-        piece[n, i] = -most
-        charges, limits = [*charges, Charge(piece, None)], np.append(limits, 0.0)
-        epigraph = Programme(worth, charges, limits, np.append(programme.weight, 1.0), defer=False)
-        solution = clear(epigraph, feasible=grant)
-        real = solution.mix.task < n
-        mix = Mix(solution.mix.task[real], solution.mix.use[real], solution.mix.share[real])
-        totals = _scenario_totals(tasks, uses, envelope, mix)
-        least = min(least, float(envelope.measure.density(totals) @ totals))
-        if least <= -solution.objective * (1 + 1e-9) + 1e-15:
-            break
-    return least
-
-
-def _broken_envelopes(
-    tasks: Tasks, uses: Uses, constraints: Sequence[Constraint], mix: Mix
-) -> list[tuple[int, Constraint]]:
-    broken = []
-    for position, constraint in enumerate(constraints):
-        if constraint.kind != "portfolio_envelope" or constraint.measure is None:
-            continue
-        totals = _scenario_totals(tasks, uses, constraint, mix)
-        density = constraint.measure.density(totals)
-        if density @ totals > constraint.bound * (1 + 1e-9) + 1e-15:
-            broken.append((position, replace(constraint, density=tuple(map(float, density)))))
-    return broken
-
-
-def _at_their_densities(
-    tasks: Tasks, uses: Uses, constraints: Sequence[Constraint], mix: Mix
-) -> list[Constraint]:
-    """The constraints, each envelope with the weights its losses have under `mix`: even a slack one can be charged."""
-    out = []
-    for constraint in constraints:
-        if constraint.kind == "portfolio_envelope" and constraint.measure is not None:
-            density = constraint.measure.density(_scenario_totals(tasks, uses, constraint, mix))
-            constraint = replace(constraint, density=tuple(map(float, density)))  # noqa: PLW2901
-        out.append(constraint)
-    return out
 
 
 def _prices(
@@ -432,7 +344,7 @@ def measure_usage(
     served = float(mass[on].sum())
     if constraint.kind == "portfolio_envelope":
         assert constraint.measure is not None
-        totals = _scenario_totals(tasks, uses, constraint, mix)
+        totals = scenario_totals(tasks, uses, constraint, mix)
         used = float(constraint.measure.density(totals) @ totals)
     else:
         # An SLA's charge is measured against its bound and per served task; add the bound back for people.
