@@ -43,7 +43,7 @@ endif
 demo: $(STAMP) ## make a sample log, audit it, leave the report in demo/
 	@mkdir -p demo
 	@$(BIN)/walras sample -o demo/sample.parquet
-	@$(BIN)/walras audit demo/sample.parquet --budget-usd 0.012 --sla-s 15 --risk 0.006 --html demo/report.html
+	@$(BIN)/walras audit demo/sample.parquet --budget-usd 0.012 --sla-s 30 --html demo/report.html
 	@echo "The report: $(CURDIR)/demo/report.html"
 
 test: $(STAMP) ## run the tests (make test ARGS="-m 'not big' -k regret")

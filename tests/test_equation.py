@@ -197,15 +197,28 @@ def test_random_ties_choose_a_best_use_too(values: np.ndarray, seed: int) -> Non
     choice = choose(values, rng=np.random.default_rng(seed))
     assert (choice.value == np.maximum(values.max(axis=1), 0.0)).all()
     for row, use in zip(values, choice.use, strict=True):
-        assert (use == DEFER) == (max(row) <= 0)
-        assert use == DEFER or row[use] == max(row)
+        assert row[use] == max(row) >= 0 if use != DEFER else max(row) <= 0
+    if np.isfinite(values.max(axis=1)).all():
+        served = choose(values, defer=False, rng=np.random.default_rng(seed))
+        assert (served.value == values.max(axis=1)).all()
+        assert (values[np.arange(len(values)), served.use] == served.value).all()
 
 
-def test_random_ties_are_even() -> None:
-    values = np.tile([1.0, 2.0, 2.0, -np.inf, 2.0], (30_000, 1))
-    counts = np.bincount(choose(values, rng=np.random.default_rng(0)).use, minlength=5)
-    assert counts[[0, 3]].sum() == 0
-    assert counts[[1, 2, 4]] == pytest.approx(10_000, rel=0.05)
+@pytest.mark.parametrize(
+    ("row", "tied"),
+    [
+        ([1.0, 2.0, 2.0, -np.inf, 2.0], [1, 2, 4]),
+        ([0.3, 0.1 + 0.2, -1.0], [0, 1]),  # a tie up to the last bit of a sum
+        ([0.0, -1.0, 0.0], [DEFER, 0, 2]),  # at a price that makes a use worth nothing, half of them defer
+        ([0.0, 1e-6], [1]),
+    ],
+)
+def test_random_ties_are_even(row: list[float], tied: list[int]) -> None:
+    n = 30_000
+    drawn = choose(np.tile(row, (n, 1)), rng=np.random.default_rng(0)).use
+    counts = {use: int((drawn == use).sum()) for use in range(-1, len(row))}
+    assert {use for use, count in counts.items() if count} == set(tied)
+    assert [counts[use] for use in tied] == pytest.approx([n / len(tied)] * len(tied), rel=0.05)
 
 
 @given(economies(max_tasks=8), SEEDS, st.floats(0, 1e9))

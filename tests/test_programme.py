@@ -104,7 +104,7 @@ def test_clear_is_optimal_and_proves_it(path: str, programme: Programme) -> None
     assert (usage <= programme.limits + 1e-8 * (1 + programme.limits)).all()
     worth = (programme.worth[mix.task[served], mix.use[served]] * mass).sum()
     assert solution.objective == pytest.approx(worth, abs=tolerance)
-    # A vertex splits no more tasks than there are constraints.
+    # A vertex splits no more tasks than there are constraints, however many tie.
     assert (np.bincount(mix.task) > 1).sum() <= len(programme.charges)
 
 

@@ -122,7 +122,7 @@ def audit(logs: Logs, economy: Economy, json: Json = False, html: Html = None, s
     if json:
         _print(to_json(audit_data(result)))
         return
-    _print(audit_screen(result, f"audit of {title}"))
+    _print(audit_screen(result, f"audit of {title}", out.width))
     if html is not None:
         _print(Text(f"Report: {html}", style="green"))
 
@@ -137,7 +137,7 @@ def prices(logs: Logs, economy: Economy, json: Json = False) -> None:
     if json:
         _print(to_json(prices_data(case, clearing)))
     else:
-        _print(prices_screen(case, clearing, f"prices of {_title(logs)}"))
+        _print(prices_screen(case, clearing, f"prices of {_title(logs)}", out.width))
 
 
 @app.command()
@@ -154,8 +154,12 @@ def sample(
 
 
 @app.command()
-def settings() -> None:
+def settings(json: Json = False) -> None:
     """Every setting of economy.toml and its meaning, as a Markdown table."""
+    if json:
+        keys = ("setting", "type", "default", "meaning")
+        _print(to_json({"settings": [dict(zip(keys, row, strict=True)) for row in settings_rows()]}))
+        return
     lines = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
     for row in settings_rows():
         key, *rest = (cell.replace("|", "\\|") for cell in row)

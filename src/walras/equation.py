@@ -139,28 +139,37 @@ class Choice:
     """Net value of the choice, (N,); 0 where deferred."""
 
 
+TIE = 1e-9
+"""Values closer than this share of the best one are tied, when ties are broken at random."""
+
+
 def choose(values: FloatArray, *, defer: bool = True, rng: np.random.Generator | None = None) -> Choice:
     """argmax_i of net values (N, I). With `defer`, a task whose best use is not worth more than 0 gets none.
 
-    Ties go to the first use, or to a random one when `rng` is given: at a binding constraint the market clears
-    only in the mixture, so a live engine must randomise ties [Z-W1].
+    Ties go to the first use, deferring before any, or to a random one of the tied when `rng` is given: at a binding
+    constraint the market clears only in the mixture, so a live engine must randomise ties [Z-W1].
 
     Raises:
         QuantityError: a task has no allowed use and may not defer.
     """
-    if rng is None:
-        use = np.argmax(values, axis=1)
-    else:
-        tied = values == values.max(axis=1, keepdims=True)
-        use = np.argmax(np.where(tied, rng.random(values.shape), -1.0), axis=1)
-    value = np.take_along_axis(values, use[:, None], axis=1)[:, 0]
+    use = np.argmax(values, axis=1) if rng is None else _random_best(values, defer, rng)
+    value = np.where(use == DEFER, 0.0, np.take_along_axis(values, np.maximum(use, 0)[:, None], axis=1)[:, 0])
     if defer:
-        stop = ~(value > 0)
+        stop = ~(value > 0) if rng is None else use == DEFER
         return Choice(np.where(stop, DEFER, use), np.where(stop, 0.0, value))
     stuck = np.flatnonzero(~np.isfinite(value))
     if stuck.size:
         raise QuantityError(f"task {stuck[0]} has no allowed use and may not defer ({stuck.size} such tasks)")
     return Choice(use, value)
+
+
+def _random_best(values: FloatArray, defer: bool, rng: np.random.Generator) -> IntArray:
+    """A use within `TIE` of the best, drawn evenly, (N,); deferring is one of the uses where it is open."""
+    open_to = np.column_stack((values, np.zeros(len(values)))) if defer else values
+    size = np.where(np.isfinite(open_to), np.abs(open_to), 0.0).max(axis=1, keepdims=True)
+    tied = open_to >= open_to.max(axis=1, keepdims=True) - TIE * size
+    drawn = np.argmax(np.where(tied, rng.random(open_to.shape), -1.0), axis=1)
+    return np.where(drawn == values.shape[1], DEFER, drawn)
 
 
 def marginal_values(totals: FloatArray) -> FloatArray:

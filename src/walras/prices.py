@@ -98,7 +98,7 @@ class Constraint:
     measure: RiskMeasure | None = None
     density: tuple[float, ...] | None = None
     hard: bool = False
-    """Lexicographic [Z-LEX]: never relaxed, and not offered as a change."""
+    """Lexicographic [Z-LEX]: met first, and never the one that an infeasible programme asks to relax."""
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.bound) or self.bound < 0:
@@ -174,11 +174,10 @@ def _measure_name(measure: RiskMeasure | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """A multiplier and the constraint that makes it. `pinned` marks a price set by hand, not discovered."""
+    """A multiplier and the constraint that makes it."""
 
     constraint: Constraint
     multiplier: float
-    pinned: bool = False
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.multiplier) or self.multiplier < 0:
@@ -274,7 +273,7 @@ def _price(data: dict[str, Any]) -> Price:
     )
     row["density"] = None if row["density"] is None else tuple(row["density"])
     row["measure"] = _measure(row["measure"])
-    return Price(Constraint(**row), data["multiplier"], data["pinned"])
+    return Price(Constraint(**row), data["multiplier"])
 
 
 def _measure(data: dict[str, Any] | None) -> RiskMeasure | None:

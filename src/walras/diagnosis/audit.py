@@ -6,6 +6,7 @@ what a policy could have reached (`attainable`), and ask how all of it moves wit
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from walras.diagnosis.attainable import Attainable, Change, attainable_gain, att
 from walras.diagnosis.case import Case, Fixed, best_fixed, build_case
 from walras.diagnosis.regret import Mean, Regret, bootstrap_mean, measure_regret
 from walras.diagnosis.sensitivity import Curve, Scenario, multiplier_intervals, scenarios, surplus_curve
-from walras.equation import DEFER, surplus
+from walras.equation import DEFER, choose, surplus
 from walras.errors import InfeasibleError
 from walras.market.programme import Mix
-from walras.market.shadow import Clearing, Usage, discover, measure_usage
+from walras.market.shadow import Clearing, Usage, measure_usage
 from walras.quantities import USD
 from walras.records import Log
 from walras.risk import FloatArray
@@ -39,8 +40,9 @@ class Realised:
     cost: float
     """USD."""
     latency_s: float
-    """Mean seconds over served tasks."""
+    """Mean seconds over served tasks; NaN where the log has none."""
     risk: float
+    """Mean risk; NaN where the log has none."""
     quality: float
     served: float
     """Share of tasks that were served."""
@@ -60,8 +62,10 @@ class Audit:
     oracle_with_defer: float
     best_fixed: Fixed | None
     attainable: Attainable | None
-    attainable_gain: Mean | None
-    """What replacing the audited choices by the attainable policy gains, freed or taken resources at its own prices."""
+    gain_surplus: Mean | None
+    """What replacing the audited choices by the attainable policy gains at declared prices, USD per task …"""
+    gain_limits: Mean | None
+    """… and what that frees (below 0: takes) of the limits, at the policy's own prices; see `attainable.Gain`."""
     realised: Realised
     regret: Regret
     changes: tuple[Change, ...]
@@ -78,8 +82,8 @@ def price_log(
     log: Log, economy: Economy, on_pass: Callable[[int, float], None] | None = None
 ) -> tuple[Case, Clearing]:
     """Prices and certificate only: what `walras prices` prints."""
-    case = build_case(log, economy)
-    return case, _discover(case, case.economy.defer, on_pass)
+    case = build_case(log, economy, audited=False)
+    return case, case.clear(on_pass=on_pass)
 
 
 def audit_log(log: Log, economy: Economy, *, seed: int = 0, on_step: OnStep = lambda _: None) -> Audit:
@@ -91,7 +95,7 @@ def audit_log(log: Log, economy: Economy, *, seed: int = 0, on_step: OnStep = la
     began = time.perf_counter()
     on_step("discovering prices")
     case = build_case(log, economy)
-    clearing = _discover(case, economy.defer)
+    clearing = case.clear()
     on_step("bounds with and without deferring")
     with_defer, without = _oracles(case, clearing)
     on_step("regret")
@@ -100,7 +104,7 @@ def audit_log(log: Log, economy: Economy, *, seed: int = 0, on_step: OnStep = la
     on_step("what a policy could have reached")
     policy = attainable_policy(case, seed) if case.complete else None
     gain = attainable_gain(case, clearing.prices, policy) if policy else None
-    changes = best_changes(case, policy, gain, seed=seed) if policy and gain is not None else []
+    changes = best_changes(case, policy, gain) if policy and gain else []
     on_step("sensitivity")
     intervals = multiplier_intervals(case, clearing.multipliers.tolist(), seed) if case.constraints else []
     moved = scenarios(case, lambda name: on_step(f"sensitivity: {name}"))
@@ -113,7 +117,8 @@ def audit_log(log: Log, economy: Economy, *, seed: int = 0, on_step: OnStep = la
         oracle_with_defer=with_defer,
         best_fixed=best_fixed(case.tasks, case.uses, case.constraints, economy),
         attainable=policy,
-        attainable_gain=None if gain is None else bootstrap_mean(gain, seed),
+        gain_surplus=bootstrap_mean(gain.surplus, seed) if gain else None,
+        gain_limits=bootstrap_mean(gain.limits, seed) if gain else None,
         realised=realised,
         regret=regret,
         changes=tuple(changes),
@@ -125,23 +130,11 @@ def audit_log(log: Log, economy: Economy, *, seed: int = 0, on_step: OnStep = la
     )
 
 
-def _discover(case: Case, defer: bool, on_pass: Callable[[int, float], None] | None = None) -> Clearing:
-    return discover(
-        case.tasks,
-        case.uses,
-        case.constraints,
-        defer=defer,
-        numeraire=case.economy.numeraire,
-        declared=case.economy.declared(),
-        on_pass=on_pass,
-    )
-
-
 def _oracles(case: Case, clearing: Clearing) -> tuple[float, float | None]:
     """Ex-post optimal surplus within the constraints, with deferring and without."""
     mine = clearing.certificate.objective
     try:
-        other: float | None = _discover(case, not case.economy.defer).certificate.objective
+        other: float | None = case.clear(defer=not case.economy.defer).certificate.objective
     except InfeasibleError:
         other = None
     if case.economy.defer:
@@ -159,8 +152,10 @@ def _realised(case: Case, seed: int) -> Realised:
         surplus=bootstrap_mean(got, seed),
         value=float((case.tasks.value * picked.quality[:, 0]).mean()),
         cost=float(picked.amount(USD).mean()),
-        latency_s=float(picked.seconds[served].mean()) if served.any() else 0.0,
-        risk=float(picked.risk.mean()),
+        latency_s=float(picked.seconds[served].mean())
+        if served.any() and "latency_s" in case.measured
+        else math.nan,
+        risk=float(picked.risk.mean()) if "risk" in case.measured else math.nan,
         quality=float(picked.quality.mean()),
         served=float(served.mean()),
         usage=tuple(measure_usage(case.tasks, case.uses, c, mix) for c in case.constraints),
@@ -169,12 +164,10 @@ def _realised(case: Case, seed: int) -> Realised:
 
 
 def _shares(case: Case, clearing: Clearing) -> dict[str, FloatArray]:
-    unconstrained = discover(
-        case.tasks, case.uses, (), defer=case.economy.defer, declared=case.economy.declared()
-    )
+    worth = surplus(case.tasks, case.uses, case.economy.declared(), case.economy.numeraire)
     return {
         "chosen": _share_of(Mix.pure(case.chosen), case),
-        "declared prices": _share_of(unconstrained.mix, case),
+        "declared prices": _share_of(Mix.pure(choose(worth, defer=case.economy.defer).use), case),
         "discovered prices": _share_of(clearing.mix, case),
     }
 

@@ -10,11 +10,11 @@ import numpy as np
 from walras.equation import DEFER, surplus
 from walras.errors import RecordError, SettingsError, nearest
 from walras.market.programme import Mix
-from walras.market.shadow import measure_usage
+from walras.market.shadow import Clearing, OnPass, discover, measure_usage
 from walras.prices import Constraint, Scope
 from walras.quantities import USD, BoolArray, IntArray, Labels, Tasks, Uses
 from walras.records import UNKNOWN, Log
-from walras.risk import FloatArray
+from walras.risk import Expectation, FloatArray
 from walras.settings import Economy
 
 MOSTLY = 0.5
@@ -34,6 +34,8 @@ class Case:
     """`realised`, a model's name, or `best fixed`."""
     chosen: IntArray
     """The audited choice, (N,), `DEFER` where none; its outcome is known."""
+    measured: frozenset[str]
+    """Columns per use that the log has; what it lacks is nobody's 0."""
     complete: bool
     """Whether every alternative's outcome is known; if not, regret is a lower bound."""
     left_out: int
@@ -44,9 +46,24 @@ class Case:
     def take(self, rows: IntArray) -> Case:
         return replace(self, tasks=self.tasks.take(rows), uses=self.uses.take(rows), chosen=self.chosen[rows])
 
+    def clear(
+        self, *, defer: bool | None = None, start: FloatArray | None = None, on_pass: OnPass | None = None
+    ) -> Clearing:
+        """Its prices by its own settings; see `market.shadow.discover`."""
+        return discover(
+            self.tasks,
+            self.uses,
+            self.constraints,
+            defer=self.economy.defer if defer is None else defer,
+            numeraire=self.economy.numeraire,
+            declared=self.economy.declared(),
+            start=start,
+            on_pass=on_pass,
+        )
 
-def build_case(log: Log, economy: Economy) -> Case:
-    """Make the economy.
+
+def build_case(log: Log, economy: Economy, *, audited: bool = True) -> Case:
+    """Make the economy; with `audited` off nobody's choices are looked for, and `chosen` is deferring everywhere.
 
     Raises:
         SettingsError: settings name a model, tenant, class or column the log does not have, or no value is given.
@@ -62,7 +79,9 @@ def build_case(log: Log, economy: Economy) -> Case:
     tasks = _tasks(log, economy, notes)
     uses = _uses(log, economy, known & ~_forbidden(log, economy))
     constraints = tuple(economy.constraints(_scope_sizes(tasks, economy)))
-    baseline, chosen = _baseline(log, economy, tasks, uses, constraints, notes)
+    baseline, chosen = "", np.full(len(log), DEFER, dtype=np.int64)
+    if audited:
+        baseline, chosen = _baseline(log, economy, tasks, uses, constraints, notes)
     return Case(
         tasks=tasks,
         uses=uses,
@@ -71,6 +90,7 @@ def build_case(log: Log, economy: Economy) -> Case:
         baseline=baseline,
         chosen=chosen,
         complete=bool(known.all()),
+        measured=frozenset(log.per_use) | ({"risk"} if economy.needs_losses else set()),
         left_out=left_out,
         synthetic=log.synthetic,
         notes=tuple(notes),
@@ -148,6 +168,12 @@ def _known_outcomes(log: Log, economy: Economy) -> BoolArray:
     return known
 
 
+def _gaps(log: Log) -> str:
+    """Which columns are unknown in places, in words; empty where none is."""
+    gaps = [name for name, column in log.per_use.items() if np.isnan(column).any()]
+    return f"unknown in places: {', '.join(gaps)}" if gaps else ""
+
+
 def _without_gaps(log: Log, known: BoolArray, notes: list[str]) -> Log:
     """The log without columns that have no price here and are unknown for some audited outcome."""
     gaps = [name for name, column in log.per_use.items() if np.isnan(column[known]).any()]
@@ -171,7 +197,9 @@ def _audited(log: Log, known: BoolArray, notes: list[str]) -> tuple[IntArray, In
     chosen_known = np.where(has_choice, known[np.arange(len(log)), np.maximum(log.chosen, 0)], True)
     if full.mean() >= MOSTLY:
         if not full.all():
-            notes.append(f"{int((~full).sum())} tasks left out: the outcome of some model is unknown")
+            notes.append(
+                f"{int((~full).sum())} tasks left out: the outcome of some model is unknown ({_gaps(log)})"
+            )
         return _with_known_choice(full, chosen_known, notes), columns
     # A production log: what the other models would have given is mostly unknown.
     how_many = f"only {full.mean():.0%}" if full.any() else "none"
@@ -253,6 +281,8 @@ def _uses(log: Log, economy: Economy, allowed: BoolArray) -> Uses:
     )
     if economy.needs_losses and economy.risk_over == "use":
         uses = uses.with_risk(economy.measure)
+    elif economy.needs_losses and "risk" not in log.per_use:
+        uses = uses.with_risk(Expectation())
     return uses
 
 
@@ -285,8 +315,10 @@ def _baseline(
     if name == "best fixed":
         fixed = best_fixed(tasks, uses, constraints, economy)
         if fixed is None:
-            what = "the log neither says what was chosen nor has one model on every task"
-            raise SettingsError(what, key="baseline")
+            what = (
+                "the log neither says what was chosen nor has one model with a complete record on every task"
+            )
+            raise SettingsError(what, key="baseline", hint=_gaps(log) or None)
         notes.append("the log does not say what was chosen: the best fixed model stands in for it")
         return name, np.full(len(log), fixed.use, dtype=np.int64)
     column = log.models.index(name)

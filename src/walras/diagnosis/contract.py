@@ -6,10 +6,11 @@ import json
 import math
 from typing import Any
 
+from walras.diagnosis.attainable import Change
 from walras.diagnosis.audit import Audit
 from walras.diagnosis.case import Case
 from walras.diagnosis.regret import Mean, Row, overdrafts
-from walras.diagnosis.sensitivity import Scenario
+from walras.diagnosis.sensitivity import SAMPLE, Scenario
 from walras.market.shadow import Clearing, Usage
 from walras.prices import Layer, Scope
 from walras.quantities import USD
@@ -37,61 +38,23 @@ def prices_data(case: Case, clearing: Clearing) -> dict[str, Any]:
 
 def audit_data(audit: Audit) -> dict[str, Any]:
     """What `walras audit --json` prints."""
-    case, regret = audit.case, audit.regret
+    case = audit.case
     data = prices_data(case, audit.clearing)
     for row, today, interval in zip(data["constraints"], audit.realised.usage, audit.intervals, strict=True):
         row |= {"used_by_baseline": today.used, "multiplier_ci": interval}
-    fixed, policy = audit.best_fixed, audit.attainable
-    data |= {
+    return data | {
         "baseline": case.baseline,
         "complete": case.complete,
-        "best_fixed": fixed
-        and {"use": case.uses.names[fixed.use], "surplus": fixed.surplus, "feasible": fixed.feasible},
-        "attainable": policy
-        and {
-            "surplus": policy.surplus.mean,
-            "ci": policy.surplus.ci,
-            "gap_closed": _gap_closed(audit),
-            "gain": audit.attainable_gain and _mean(audit.attainable_gain),
-            "multipliers": {
-                u.constraint.name: float(mu) for u, mu in zip(policy.usage, policy.multipliers, strict=True)
-            },
-            "used": {usage.constraint.name: usage.used for usage in policy.usage},
-            "kind": "cross-fitted on class and value, scored on held-out tasks",
-        },
-        "oracle": None
-        if audit.oracle is None
-        else {"surplus": audit.oracle, "kind": "ex post, luck included"},
-        "oracle_with_defer": {"surplus": audit.oracle_with_defer, "kind": "ex post, luck included"},
+        **_benchmarks(audit),
         "realised": _realised(audit),
-        "regret": _mean(regret.overall)
-        | {
-            "total": float(regret.per_task.sum()),
-            "surplus_not_earned": audit.clearing.certificate.objective - audit.realised.surplus.mean,
-            "overdrawn_at_prices": sum(overdrafts(case, audit.clearing.prices)),
-            "by_tenant": [_row(row) for row in regret.by_tenant],
-            "by_class": [_row(row) for row in regret.by_class],
-            "by_value_decile": [_row(row) for row in regret.by_value_decile],
-            "value_correlation": regret.value_correlation,
-            "top_decile_share": regret.top_decile_share,
-        },
+        "regret": _regret(audit),
         "failures": {
             f.label: {"name": f.name, "tasks": f.tasks, **_mean(f.per_task), "total": f.total}
-            for f in regret.failures
+            for f in audit.regret.failures
         },
-        "changes": [
-            {
-                "tenant": c.tenant,
-                "class": c.task_class,
-                "from": c.from_use,
-                "to": c.to_use,
-                "tasks": c.tasks,
-                **_mean(c.per_task),
-                "total": c.total,
-            }
-            for c in audit.changes
-        ],
+        "changes": [_change(change) for change in audit.changes],
         "sensitivity": [_scenario(audit, s) for s in audit.scenarios],
+        "sensitivity_sampled": min(len(case.tasks), SAMPLE),
         "curve": {
             "budget_usd": audit.curve.budget.tolist(),
             "surplus": audit.curve.surplus.tolist(),
@@ -101,7 +64,63 @@ def audit_data(audit: Audit) -> dict[str, Any]:
         "shares": {name: _shares(case, shares) for name, shares in audit.shares.items()},
         "seconds": audit.seconds,
     }
-    return data
+
+
+def _benchmarks(audit: Audit) -> dict[str, Any]:
+    """What the audited choices are held against."""
+    fixed, luck = audit.best_fixed, "ex post, luck included"
+    return {
+        "best_fixed": fixed
+        and {"use": audit.case.uses.names[fixed.use], "surplus": fixed.surplus, "feasible": fixed.feasible},
+        "attainable": _attainable(audit),
+        "oracle": None if audit.oracle is None else {"surplus": audit.oracle, "kind": luck},
+        "oracle_with_defer": {"surplus": audit.oracle_with_defer, "kind": luck},
+    }
+
+
+def _attainable(audit: Audit) -> dict[str, Any] | None:
+    policy, earned, limits = audit.attainable, audit.gain_surplus, audit.gain_limits
+    if policy is None or earned is None or limits is None:
+        return None
+    prices = zip(policy.usage, policy.multipliers.tolist(), strict=True)
+    return {
+        "surplus": policy.surplus.mean,
+        "ci": policy.surplus.ci,
+        "gap_closed": _gap_closed(audit),
+        "gain": {"surplus": _mean(earned), "limits": _mean(limits)},
+        "multipliers": {usage.constraint.name: mu for usage, mu in prices},
+        "used": {usage.constraint.name: usage.used for usage in policy.usage},
+        "kind": "cross-fitted on class and value, scored on held-out tasks",
+    }
+
+
+def _regret(audit: Audit) -> dict[str, Any]:
+    regret = audit.regret
+    return _mean(regret.overall) | {
+        "total": float(regret.per_task.sum()),
+        "surplus_not_earned": audit.clearing.certificate.objective - audit.realised.surplus.mean,
+        "overdrawn_at_prices": float(sum(overdrafts(audit.case, audit.clearing.prices))),
+        "rule_breaking": regret.rule_breaking,
+        "rule_breakers": regret.rule_breakers,
+        "by_tenant": [_row(row) for row in regret.by_tenant],
+        "by_class": [_row(row) for row in regret.by_class],
+        "by_value_decile": [_row(row) for row in regret.by_value_decile],
+        "value_correlation": regret.value_correlation,
+        "top_decile_share": regret.top_decile_share,
+    }
+
+
+def _change(change: Change) -> dict[str, Any]:
+    return {
+        "tenant": change.tenant,
+        "class": change.task_class,
+        "from": change.from_use,
+        "to": change.to_use,
+        "tasks": change.tasks,
+        **_mean(change.per_task),
+        "surplus": change.surplus,
+        "total": change.total,
+    }
 
 
 def to_json(data: dict[str, Any]) -> str:

@@ -6,7 +6,8 @@ Its mean is what the whole log left on the table, and it splits into two parts t
 
     mean regret = (optimal surplus − realised surplus) + Σ_k μ_k·(used_k − bound_k)
 
-surplus not earned, and constraints overdrawn (or left unused) valued at their prices. An outcome is one draw, so the
+surplus not earned, and constraints overdrawn (or left unused) valued at their prices. A choice that breaks an absolute
+rule [Z-LEX] may beat every allowed use; that is no negative regret, and `rule_breaking` is the third part then. An outcome is one draw, so the
 *ex-post* best includes luck; what a policy could have known is the business of `attainable`.
 """
 
@@ -83,7 +84,11 @@ class Regret:
     value_correlation: float | None
     """P2's signature: Spearman correlation of regret with V; None where V is constant."""
     top_decile_share: float | None
-    """Share of all regret in the tenth of tasks with the highest V."""
+    """Share of all regret in the tenth of tasks with the highest V (a tie at its edge counts in part)."""
+    rule_breakers: int
+    """Audited choices that an absolute rule forbids [Z-LEX], deferring included where it is closed."""
+    rule_breaking: float
+    """What they gained by it beyond the best allowed use, USD per task of the log."""
 
 
 def measure_regret(case: Case, prices: Prices, seed: int = 0) -> Regret:
@@ -96,9 +101,10 @@ def measure_regret(case: Case, prices: Prices, seed: int = 0) -> Regret:
     served = (case.chosen != DEFER)[:, None]
     chosen = Terms(*(np.where(served, t, 0.0)[:, 0] for t in (one.value, one.compute, one.latency, one.risk)))
     got = chosen.value - chosen.compute - chosen.latency - chosen.risk
-    # An audited choice may break an absolute rule and so beat every allowed use: that is no negative regret.
-    regret = best.value - got
-    regret = np.where(regret > ROUND_OFF * (np.abs(best.value) + np.abs(got)), regret, 0.0)
+    lost = best.value - got
+    regret = np.where(lost > ROUND_OFF * (np.abs(best.value) + np.abs(got)), lost, 0.0)
+    inside = case.uses.allowed[np.arange(got.size), np.maximum(case.chosen, 0)]
+    broke = np.where(served[:, 0], ~inside, not case.economy.defer)
     worth = case.tasks.value
     varied = bool(np.ptp(worth) > 0)
     deciles = _deciles(worth) if varied else []
@@ -114,7 +120,9 @@ def measure_regret(case: Case, prices: Prices, seed: int = 0) -> Regret:
         by_value_decile=_rows(regret, deciles, seed),
         failures=_failures(case, prices, chosen, best.use, regret, seed),
         value_correlation=_spearman(worth, regret) if varied and np.ptp(regret) else None,
-        top_decile_share=float(regret[deciles[-1][1]].sum() / total) if deciles and total else None,
+        top_decile_share=_top_tenth(worth, regret) / total if varied and total else None,
+        rule_breakers=int(broke.sum()),
+        rule_breaking=float(np.where(broke, np.maximum(-lost, 0.0), 0.0).mean()),
     )
 
 
@@ -160,6 +168,14 @@ def _rows(regret: FloatArray, groups: Sequence[tuple[str, BoolArray]], seed: int
         Row(name, int(mask.sum()), bootstrap_mean(regret[mask], seed), float(regret[mask].sum()))
         for name, mask in groups
     )
+
+
+def _top_tenth(worth: FloatArray, regret: FloatArray) -> float:
+    """Regret of the tenth of tasks with the highest V; tasks that tie at its edge share what is left of it."""
+    edge = np.partition(worth, -max(1, worth.size // 10))[-max(1, worth.size // 10)]
+    above, at = worth > edge, worth == edge
+    left = (worth.size / 10 - above.sum()) / at.sum()
+    return float(regret[above].sum() + min(max(left, 0.0), 1.0) * regret[at].sum())
 
 
 def _deciles(worth: FloatArray) -> list[tuple[str, BoolArray]]:

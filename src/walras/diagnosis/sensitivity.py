@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,8 +19,9 @@ from walras.risk import FloatArray
 
 SAMPLE = 10_000
 """Tasks on which re-solved answers are computed; more would not change a digit anybody reads."""
-RESAMPLES = 40
-RESAMPLE_TASKS = 2_000
+RESAMPLES = 100
+NOISE_DRAWS = 4
+RESAMPLE_TASKS = 1_000
 QUALITY_NOISE = 0.1
 """Standard deviation of the error put on every quality, in units of quality."""
 
@@ -49,19 +51,6 @@ class Curve:
     """Tasks it was computed on, when that is not all of them."""
 
 
-def solve(case: Case, start: FloatArray | None = None) -> Clearing:
-    """Prices of a case by its own settings."""
-    return discover(
-        case.tasks,
-        case.uses,
-        case.constraints,
-        defer=case.economy.defer,
-        numeraire=case.economy.numeraire,
-        declared=case.economy.declared(),
-        start=start,
-    )
-
-
 def sample(case: Case, most: int = SAMPLE, seed: int = 0) -> Case:
     """The case on at most `most` tasks."""
     n = len(case.tasks)
@@ -75,57 +64,63 @@ def _small(case: Case) -> Case:
     small = sample(case)
     if small is not case and not case.economy.defer:
         try:
-            solve(small)
+            small.clear()
         except InfeasibleError:
             return case
     return small
 
 
 def scenarios(case: Case, on_step: Callable[[str], None] = lambda _: None) -> list[Scenario]:
-    """The answer at V ± 50%, ρ₀ ± 50% (where there is risk), and with noise on every quality.
+    """The answer at V ± 50%, ρ₀ ± 50%, and with noise on every quality (mean of `NOISE_DRAWS` draws).
 
     In the pure form a scenario in which compute is not scarce has no prices; it is left out.
     """
-    case = _small(case)
-    tasks, uses = case.tasks, case.uses
-    noise = np.random.default_rng(1).normal(0.0, QUALITY_NOISE, uses.quality.shape)
-    changed = [
-        ("as declared", case),
-        ("V − 50%", replace(case, tasks=replace(tasks, value=tasks.value * 0.5))),
-        ("V + 50%", replace(case, tasks=replace(tasks, value=tasks.value * 1.5))),
-    ]
-    if np.nan_to_num(uses.risk).any():
-        changed += [
-            ("ρ − 50%", replace(case, tasks=replace(tasks, risk_price=tasks.risk_price * 0.5))),
-            ("ρ + 50%", replace(case, tasks=replace(tasks, risk_price=tasks.risk_price * 1.5))),
-        ]
-    noisy = replace(uses, quality=np.clip(uses.quality + noise, 0.0, 1.0))
-    changed.append((f"quality ± {QUALITY_NOISE:g}", replace(case, uses=noisy)))
+    small = _small(case)
+    tasks = small.tasks
+    changed: list[tuple[str, list[Case]]] = [("as declared", [small])]
+    for name, factor in (("− 50%", 0.5), ("+ 50%", 1.5)):
+        changed.append((f"V {name}", [replace(small, tasks=replace(tasks, value=tasks.value * factor))]))
+    for name, factor in (("− 50%", 0.5), ("+ 50%", 1.5)):
+        changed.append(
+            (f"ρ {name}", [replace(small, tasks=replace(tasks, risk_price=tasks.risk_price * factor))])
+        )
+    changed.append((f"quality ± {QUALITY_NOISE:g}", [_noisy(small, draw) for draw in range(NOISE_DRAWS)]))
     found = []
-    for name, other in changed:
+    for name, others in changed:
         on_step(name)
         with suppress(NumeraireError):
-            found.append(_scenario(name, other))
+            found.append(_scenario(name, others))
     return found
 
 
-def _scenario(name: str, case: Case) -> Scenario:
-    cleared = solve(case)
+def _noisy(case: Case, draw: int) -> Case:
+    """The case with an error on every quality; not clipped to [0, 1], which would bias it."""
+    error = np.random.default_rng(draw).normal(0.0, QUALITY_NOISE, case.uses.quality.shape)
+    return replace(case, uses=replace(case.uses, quality=case.uses.quality + error))
+
+
+def _scenario(name: str, cases: Sequence[Case]) -> Scenario:
+    answers = [_answer(case) for case in cases]
+    *multipliers, surplus, regret = np.mean(answers, axis=0).tolist()
+    return Scenario(name, tuple(multipliers), surplus, regret)
+
+
+def _answer(case: Case) -> list[float]:
+    """Multipliers, optimal surplus and mean regret."""
+    cleared = case.clear()
     best = choose(net_value(case.tasks, case.uses, cleared.prices), defer=case.economy.defer)
     picked = net_value(case.tasks, case.uses.pick(case.chosen), cleared.prices)[:, 0]
     regret = np.maximum(best.value - np.where(case.chosen == DEFER, 0.0, picked), 0.0)
-    return Scenario(
-        name, tuple(cleared.multipliers.tolist()), cleared.certificate.objective, float(regret.mean())
-    )
+    return [*cleared.multipliers.tolist(), cleared.certificate.objective, float(regret.mean())]
 
 
 def multiplier_intervals(
     case: Case, multipliers: Sequence[float], seed: int = 0
 ) -> list[tuple[float, float]]:
-    """95% intervals of the multipliers over resampled tasks, one per constraint.
+    """95% intervals of the multipliers, one per constraint: what they would be on another log of the same kind.
 
-    Each resample of m tasks is solved again; where the log has N > m tasks the spread is scaled by √(m/N) (m out of n
-    bootstrap). It is what the prices would have been on another log of the same kind.
+    Each of `RESAMPLES` resamples of m tasks is solved again and its percentiles taken; where the log has N > m tasks the
+    spread is scaled by √(m/N) (m out of n bootstrap). NaN where too few resamples have prices.
     """
     n = len(case.tasks)
     m = min(n, RESAMPLE_TASKS)
@@ -133,21 +128,22 @@ def multiplier_intervals(
     draws = []
     for _ in range(RESAMPLES):
         try:
-            draws.append(solve(case.take(rng.integers(0, n, m)), np.asarray(multipliers)).multipliers)
+            draws.append(case.take(rng.integers(0, n, m)).clear(start=np.asarray(multipliers)).multipliers)
         except (InfeasibleError, NumeraireError):
             continue  # without deferring, a resample may not fit a tight bound; in the pure form, it may be slack
     if len(draws) < RESAMPLES // 2:
-        return [(0.0, np.inf)] * len(multipliers)
+        return [(math.nan, math.nan)] * len(multipliers)
     centre = np.asarray(multipliers)
     spread = np.quantile(draws, [0.025, 0.975], axis=0) - np.median(draws, axis=0)
     low, high = centre + spread * np.sqrt(m / n)
-    return list(zip(np.maximum(low, 0.0).tolist(), high.tolist(), strict=True))
+    low = np.maximum(low, 0.0)
+    return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
 def _without_budget(case: Case, others: Sequence[Constraint]) -> Clearing:
     """What would be done if money were free of its budget; in the pure form, where nothing is declared, free outright."""
     if case.economy.numeraire == "usd":
-        return solve(replace(case, constraints=tuple(others)))
+        return replace(case, constraints=tuple(others)).clear()
     nothing = np.zeros(1)
     tasks = replace(case.tasks, latency_price=nothing, risk_price=nothing, irreversible_price=nothing)
     return discover(tasks, case.uses, others, defer=case.economy.defer, declared=())
@@ -179,7 +175,8 @@ def surplus_curve(case: Case, spent: float, points: int = 13) -> Curve:
     start: FloatArray | None = None
     for budget in grid[grid >= least * (1 + 1e-9)]:
         try:
-            cleared = solve(replace(case, constraints=(Constraint("budget", float(budget)), *others)), start)
+            row = Constraint("budget", float(budget))
+            cleared = replace(case, constraints=(row, *others)).clear(start=start)
         except (InfeasibleError, NumeraireError):
             continue
         start = cleared.multipliers

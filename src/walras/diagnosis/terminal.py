@@ -12,21 +12,25 @@ from rich.text import Text
 from walras.diagnosis.audit import Audit
 from walras.diagnosis.case import Case
 from walras.diagnosis.contract import LAYERS, declared_price
+from walras.diagnosis.regret import Mean
+from walras.diagnosis.sensitivity import SAMPLE
 from walras.diagnosis.words import count, interval, number, usd
 from walras.market.shadow import Clearing, Usage
 
+WIDE = 100
+"""Columns of a terminal from which a table shows everything."""
 NAMES_SHOWN = 6
 """Rows of a table before the rest is left to --json and --html."""
 
 
-def audit_screen(audit: Audit, title: str) -> RenderableType:
-    """The whole report."""
+def audit_screen(audit: Audit, title: str, width: int) -> RenderableType:
+    """The whole report, for a terminal of `width` columns."""
     parts: list[RenderableType] = [
         *_headline(audit, title),
-        *prices_tables(audit.case, audit.clearing, audit),
+        *prices_tables(audit.case, audit.clearing, audit, width),
     ]
     parts += [
-        _changes(audit),
+        _changes(audit, width),
         _lost(audit),
         _compared(audit),
         _trust(audit),
@@ -35,10 +39,13 @@ def audit_screen(audit: Audit, title: str) -> RenderableType:
     return Group(*parts, *_notes(audit.case))
 
 
-def prices_screen(case: Case, clearing: Clearing, title: str) -> RenderableType:
+def prices_screen(case: Case, clearing: Clearing, title: str, width: int) -> RenderableType:
     """Prices and certificate only."""
     return Group(
-        _title(case, title), *prices_tables(case, clearing, None), certificate_line(clearing), *_notes(case)
+        _title(case, title),
+        *prices_tables(case, clearing, None, width),
+        certificate_line(clearing),
+        *_notes(case),
     )
 
 
@@ -62,17 +69,30 @@ def _headline(audit: Audit, title: str) -> list[RenderableType]:
             f"[bold]{usd(float(regret.per_task.sum()))}[/] in all, against the ex-post best at these prices."
         ),
     ]
-    if audit.attainable_gain:
-        gain = audit.attainable_gain
-        what = f"gain {usd(gain.mean)} per task" if gain.ci[0] > 0 else "not gain with 95% confidence"
-        limits = ", limits counted at its own prices (attainable μ)" if audit.case.constraints else ""
+    if audit.gain_surplus and audit.gain_limits:
+        lines.append(Text.from_markup(_within_reach(audit.gain_surplus, audit.gain_limits)))
+    if regret.rule_breakers:
+        broke = count(regret.rule_breakers, "of these choices")
         lines.append(
-            Text.from_markup(
-                f"Hindsight includes luck: a policy that knows only class and value would [bold]{what}[/] "
-                f"({interval(gain.ci)}){limits}."
+            Text(
+                f"{broke} broke an absolute rule [Z-LEX], for {usd(regret.rule_breaking)} per task.",
+                style="red",
             )
         )
     return lines
+
+
+def _within_reach(earned: Mean, limits: Mean) -> str:
+    """What a policy without hindsight would change, in words: surplus, and apart from it what it frees or takes."""
+    sign = "more" if earned.mean >= 0 else "less"
+    text = (
+        "Hindsight includes luck: a policy that knows only class and value earns "
+        f"[bold]{usd(abs(earned.mean))} per task {sign}[/] ({interval(earned.ci)})"
+    )
+    if abs(limits.mean) > 1e-3 * abs(earned.mean):
+        does = "frees" if limits.mean > 0 else "takes"
+        text += f" and {does} limits worth {usd(abs(limits.mean))} to it"
+    return text + "."
 
 
 def _policy_name(case: Case) -> str:
@@ -104,7 +124,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     return table
 
 
-def prices_tables(case: Case, clearing: Clearing, audit: Audit | None) -> list[RenderableType]:
+def prices_tables(case: Case, clearing: Clearing, audit: Audit | None, width: int) -> list[RenderableType]:
     """One line per constraint: what it allows, what is used, what it is worth."""
     names = dict(zip(LAYERS, ("money", "λ₀", "ρ₀"), strict=True))
     declared = ", ".join(f"{names[layer]} {declared_price(case, layer):g}" for layer in LAYERS)
@@ -117,7 +137,8 @@ def prices_tables(case: Case, clearing: Clearing, audit: Audit | None) -> list[R
         today = number(audit.realised.usage[k].used) if audit else ""
         spread = interval(audit.intervals[k], number) if audit else ""
         without_luck = number(float(audit.attainable.multipliers[k])) if audit and audit.attainable else ""
-        rows.append((name, best, today, mu, spread, without_luck, _meaning(usage)))
+        wide = (spread, _meaning(usage)) if width >= WIDE or not audit else ("", "")
+        rows.append((name, best, today, mu, wide[0], without_luck, wide[1]))
     table = _table("Prices", ("constraint", "best", "audited", "price μ", "95%", "attainable μ", ""), rows)
     more = len(clearing.usage) - NAMES_SHOWN
     rest = [Text(f"… and {more} more (--json has all)", style="dim")] if more > 0 else []
@@ -130,16 +151,16 @@ def _meaning(usage: Usage) -> str:
         return "slack: free"
     served = f", {usage.service_rate:.0%} served" if c.layer == "latency" else ""
     one_more = {
-        "budget": f"one more {c.resource} buys {usd(mu)} net",
-        "mean_sla": f"a second of delay costs {usd(mu)}",
+        "budget": f"+1 {c.resource} buys {usd(mu)}",
+        "mean_sla": f"a second costs {usd(mu)}",
         "quantile_sla": f"a breach costs {usd(mu)}",
-        "risk_envelope": f"one more of risk buys {usd(mu)} net",
-        "portfolio_envelope": f"one more of tail loss buys {usd(mu)} net",
+        "risk_envelope": f"+1 of risk buys {usd(mu)}",
+        "portfolio_envelope": f"+1 of tail loss buys {usd(mu)}",
     }[c.kind]
     return one_more + served
 
 
-def _changes(audit: Audit) -> RenderableType:
+def _changes(audit: Audit, width: int) -> RenderableType:
     if not audit.changes:
         why = "no switch by class gains with 95% confidence on held-out tasks"
         if not audit.case.complete:
@@ -148,11 +169,13 @@ def _changes(audit: Audit) -> RenderableType:
     rows = []
     for c in audit.changes:
         who = " / ".join(part for part in (c.tenant, c.task_class) if part) or "all"
+        switch = f"{escape(c.from_use)} → {escape(c.to_use)}"
         gain = f"{usd(c.per_task.mean)} ({interval(c.per_task.ci)})"
-        rows.append((escape(who), escape(c.from_use), escape(c.to_use), f"{c.tasks:,}", gain, usd(c.total)))
+        earned = usd(c.surplus) if width >= WIDE else ""
+        rows.append((escape(who), switch, f"{c.tasks:,}", gain, earned, usd(c.total)))
     return _table(
-        "The changes worth most (held out)",
-        ("who", "from", "mostly to", "tasks", "gain per task", "in all"),
+        "Changes worth most (held out; freed limits count)",
+        ("who", "switch, mostly", "tasks", "gain per task", "of it surplus", "in all"),
         rows,
     )
 
@@ -160,23 +183,20 @@ def _changes(audit: Audit) -> RenderableType:
 def _lost(audit: Audit) -> RenderableType:
     regret = audit.regret
     parts = [
-        f"{f.label} {f.name} {usd(f.per_task.mean)} on {count(f.tasks, 'tasks')}"
+        f"{f.label} {f.name} {usd(f.per_task.mean)} ({count(f.tasks, 'tasks')})"
         for f in regret.failures
         if f.tasks
     ]
-    line = Text.assemble(
-        ("\nWhere it is lost: ", "bold"), "; ".join(parts) or "nowhere", " (per task of the log)"
-    )
+    line = Text.assemble(("\nWhere it is lost, per task of the log: ", "bold"), "; ".join(parts) or "nowhere")
     groups = [("tenant", row) for row in regret.by_tenant] + [("class", row) for row in regret.by_class]
     most = sorted(groups, key=lambda group: -group[1].total)[:3]
     if most:
-        line.append(
-            "\n  most in " + ", ".join(f"{kind} {row.name} ({usd(row.total)} in all)" for kind, row in most)
-        )
+        line.append("\n  in all: " + ", ".join(f"{kind} {row.name} {usd(row.total)}" for kind, row in most))
     if regret.value_correlation is not None and regret.top_decile_share is not None:
+        seen = "P2" if regret.value_correlation > 0 and regret.top_decile_share > 0.1 else "P2 not seen"
         line.append(
-            f"\n  regret and V: Spearman {regret.value_correlation:.2f}; the top tenth by V holds "
-            f"{regret.top_decile_share:.0%} of it (P2)"
+            f"\n  regret and V: Spearman {number(regret.value_correlation)}; the top tenth by V holds "
+            f"{regret.top_decile_share:.0%} ({seen})"
         )
     return line
 
@@ -192,32 +212,51 @@ def _compared(audit: Audit) -> RenderableType:
         )
     if audit.attainable:
         policy = audit.attainable.surplus
-        rows.append(("attainable", usd(policy.mean), interval(policy.ci), "cross-fitted, held out"))
+        rows.append(
+            ("attainable", usd(policy.mean), interval(policy.ci), "held out" + _over(audit.attainable.usage))
+        )
     if audit.oracle is not None:
         rows.append(("oracle", usd(audit.oracle), "", luck))
     rows.append(("oracle, may defer", usd(audit.oracle_with_defer), "", luck))
     return _table("Surplus at declared prices, per task", ("", "mean", "95%", ""), rows)
 
 
+def _over(usage: Sequence[Usage]) -> str:
+    """Which limits are missed by more than a percent, if any."""
+    missed = [f"{u.constraint.layer} limit missed by {u.excess:.0%}" for u in usage if u.excess > 0.01]
+    return "; " + ", ".join(missed) if missed else ""
+
+
 def _trust(audit: Audit) -> RenderableType:
-    moved = [
-        f"{s.name}: regret {usd(s.regret)}" + "".join(f", {mu:.3g}" for mu in s.multipliers[:NAMES_SHOWN])
+    found = {s.name: s for s in audit.scenarios}
+    lines = []
+    for what in ("V", "ρ"):
+        pair = [found[name] for name in (f"{what} − 50%", f"{what} + 50%") if name in found]
+        if len(pair) == 2:
+            prices = [
+                f"{number(a)} to {number(b)}" for a, b in zip(*(s.multipliers for s in pair), strict=True)
+            ]
+            lines.append(
+                f"  {what} ± 50%: " + "; ".join([f"{usd(pair[0].regret)} to {usd(pair[1].regret)}", *prices])
+            )
+    lines += [
+        f"  {s.name}: " + "; ".join([usd(s.regret), *map(number, s.multipliers)])
         for s in audit.scenarios
-        if s.name != "as declared"
+        if s.name.startswith("quality")
     ]
-    return Text.assemble(
-        ("\nHow it moves with its inputs (regret, then each μ in the order above)\n", "bold"),
-        "\n".join(f"  {line}" for line in moved),
-    )
+    n = len(audit.case.tasks)
+    on = f", on {SAMPLE:,} tasks" if n > SAMPLE else ""
+    head = f"\nIf the inputs are wrong (regret; then each μ{on})\n"
+    return Text.assemble((head, "bold"), "\n".join(lines))
 
 
 def certificate_line(clearing: Clearing) -> RenderableType:
     """The certificate in one line."""
     c, r = clearing.certificate, clearing.rounded
-    text = f"gap {c.gap:.1g} USD per task, violation {c.max_violation:.1g}, slackness {c.slackness:.1g}"
+    text = f"gap {c.gap:.1g} USD per task, violation {c.max_violation:.1g}"
     if r.split_tasks:
         text += f"; {count(r.split_tasks, 'split tasks')} rounded: gap {r.gap:.1g}, violation {r.max_violation:.1g}"
-    return Text.assemble(("Certificate: ", "bold"), text, f" ({count(clearing.passes, 'passes')})")
+    return Text.assemble(("Certificate: ", "bold"), text)
 
 
 def _notes(case: Case) -> list[RenderableType]:

@@ -211,7 +211,7 @@ def clear(
         best = min(best, here, key=lambda p: p.dual)
         solution = Solution(best.mu, mix, mix.objective(programme), best.dual, mix.usage(programme), passes)
     assert solution is not None
-    return solution
+    return _at_a_vertex(programme, solution)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +281,16 @@ def _without_prices(programme: Programme) -> Solution | None:
 
 
 def _all_columns(programme: Programme) -> tuple[IntArray, IntArray]:
-    task, use = np.nonzero(np.isfinite(programme.worth))
+    """Every column that could be used. Where deferring is open, one that earns nothing and frees nothing could not: left
+    out, because a single absurd amount would spoil the scale of the LP."""
+    useful = np.isfinite(programme.worth)
+    if programme.defer:
+        frees = np.zeros(useful.shape, dtype=np.bool_)
+        for charge in programme.charges:
+            rows = slice(None) if charge.tasks is None else charge.tasks
+            frees[rows] |= charge.per_use < 0
+        useful = useful & ((programme.worth > 0) | frees)
+    task, use = np.nonzero(useful)
     if programme.defer:
         n = programme.worth.shape[0]
         task, use = np.concatenate((task, np.arange(n))), np.concatenate((use, np.full(n, DEFER)))
@@ -340,7 +349,23 @@ def _price_scale(programme: Programme, here: _Pass) -> FloatArray:
     return np.array([max(m, 0.01 * worth / c if c else 0.0) for m, c in zip(here.mu, charged, strict=True)])
 
 
-def _reduced_lp(programme: Programme, columns: _Columns, feasible: Mix) -> tuple[FloatArray, Mix]:
+def _at_a_vertex(programme: Programme, solution: Solution) -> Solution:
+    """The same value with at most one split task per constraint.
+
+    Where many tasks tie, mixing in the feasible allocation (θ) can be as good as any answer and splits all of them.
+    """
+    mix = solution.mix
+    if (np.bincount(mix.task) > 1).sum() <= len(programme.charges):
+        return solution
+    columns = _Columns(programme.worth.shape[1] + 1)
+    columns.add(mix.task, mix.use)
+    _, mix = _reduced_lp(programme, columns, mix, most_theta=0.0)
+    return replace(solution, mix=mix, objective=mix.objective(programme), usage=mix.usage(programme))
+
+
+def _reduced_lp(
+    programme: Programme, columns: _Columns, feasible: Mix, most_theta: float = 1.0
+) -> tuple[FloatArray, Mix]:
     """The programme restricted to `columns` and to mixing with `feasible`; exact multipliers and a vertex mix.
 
     A task with one column is fixed and only moves the right-hand side. One extra variable θ mixes in the feasible
@@ -374,7 +399,7 @@ def _reduced_lp(programme: Programme, columns: _Columns, feasible: Mix) -> tuple
         b_ub=(limits - base_charge) / row_scale,
         A_eq=hstack([ones, csr_matrix(np.ones((tasks_free.size, 1)))]) if tasks_free.size else None,
         b_eq=np.ones(tasks_free.size) if tasks_free.size else None,
-        bounds=(0, 1),
+        bounds=[*[(0, 1)] * m, (0, most_theta)],
         method="highs-ds",
         options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
     )

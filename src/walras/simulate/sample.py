@@ -108,7 +108,7 @@ def write_sample(path: Path, tasks: int, seed: int, on_batch: Callable[[int], No
     """
     writer = _WRITERS.get(path.suffix.lower())
     if writer is None:
-        raise SettingsError(f"{path.name!r} does not end in {', '.join(_WRITERS)}", key="out")
+        raise SettingsError(f"{path.name!r} does not end in {', '.join(_WRITERS)}", key="--output")
     batches = sample_batches(tasks, seed)
     # In the same folder, because a rename is atomic only inside one file system.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")

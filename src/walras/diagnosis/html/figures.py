@@ -100,7 +100,8 @@ def budget_curve(audit: Audit) -> Figure:
         layout=_layout(400, x="budget, USD per task", y="net surplus, USD per task", dollars="xy"),
         head=("budget per task", "best surplus per task", "price μ_C (the slope)"),
         rows=tuple(
-            (usd(b), usd(s), number(m)) for b, s, m in zip(x, y, curve.multiplier.tolist(), strict=True)
+            (usd(b), usd(s), number(m) if b else "–")
+            for b, s, m in zip(x, y, curve.multiplier.tolist(), strict=True)
         ),
     )
 

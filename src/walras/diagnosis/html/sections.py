@@ -21,7 +21,7 @@ from walras.diagnosis.html.figures import (
 from walras.diagnosis.html.text import esc, line, small, summands, table
 from walras.diagnosis.regret import overdrafts
 from walras.diagnosis.sensitivity import SAMPLE
-from walras.diagnosis.words import Format, as_declared, interval, number, percent, usd
+from walras.diagnosis.words import Format, as_declared, count, interval, number, percent, usd
 from walras.market.shadow import Usage
 from walras.prices import Constraint, Scope
 from walras.quantities import USD
@@ -108,21 +108,19 @@ def _against(audit: Audit) -> str:
 
 
 def _attainable(audit: Audit) -> str:
-    gain = audit.attainable_gain
-    if gain is None:
+    earned, limits = audit.gain_surplus, audit.gain_limits
+    if earned is None or limits is None:
         return f"Unknown: {_why_unknown(audit)}."
     if not audit.regret.overall.mean:
         return "Nothing is left to gain."
-    policy = "a policy that knows only a task’s class and value"
-    spread = f"95% interval {interval(gain.ci)}"
-    limits = ", with limits at the prices they have for it" if audit.case.constraints else ""
-    rest = (
-        f"on tasks it was not fitted on{limits}. What hindsight adds to that takes better signals, or luck."
+    text = (
+        f"A policy that knows only a task’s class and value earns {usd(abs(earned.mean))} "
+        f"{'more' if earned.mean >= 0 else 'less'} per task (95% interval {interval(earned.ci)}), on tasks it was not fitted on"
     )
-    if gain.ci[0] > 0:
-        return f"{policy.capitalize()} would gain {usd(gain.mean)} per task ({spread}) {rest}"
-    does = "gains" if gain.mean > 0 else "loses"
-    return f"Nothing for sure: {policy} {does} {usd(abs(gain.mean))} per task ({spread}) {rest}"
+    if abs(limits.mean) > 1e-3 * abs(earned.mean):
+        does = "frees" if limits.mean > 0 else "takes"
+        text += f", and {does} limits that are worth {usd(abs(limits.mean))} per task to it"
+    return text + ". What hindsight adds to that takes better signals, or luck."
 
 
 def _why_unknown(audit: Audit) -> str:
@@ -282,12 +280,21 @@ def changes(audit: Audit) -> str:
             f"{small('mostly')} {esc('no model (defer)' if c.to_use == 'defer' else c.to_use)}",
             f"{c.tasks:,}",
             f"{usd(c.per_task.mean)} {small(f'({interval(c.per_task.ci)})')}",
+            usd(c.surplus),
             f"<b>{usd(c.total)}</b>",
         )
         for c in audit.changes
     ]
-    head = ("tasks of", "from", "to", "tasks", "gain per task (95% interval)", "gain over the log")
-    why = "<p>What a policy that knows only class and value does instead, scored on tasks it was not fitted on. A gain counts what the switch frees or takes of each limit, at the price that limit has without hindsight.</p>"
+    head = (
+        "tasks of",
+        "from",
+        "to",
+        "tasks",
+        "gain per task (95%, all groups at once)",
+        "of it surplus",
+        "gain over the log",
+    )
+    why = "<p>What a policy that knows only class and value does instead, scored on tasks it was not fitted on. A gain is surplus plus what the switch frees (or takes) of each limit, at the price the limit has without hindsight; a large overrun is valued too high by a marginal price.</p>"
     return section("The changes worth most", table(head, rows, (0, 1, 2)) + why)
 
 
@@ -313,21 +320,21 @@ def losses(audit: Audit) -> str:
 
 
 def _value_sentence(audit: Audit) -> str:
-    regret, worth = audit.regret, audit.case.tasks.value
+    regret = audit.regret
     if not regret.by_value_decile:
-        return (
-            f"Every task has the same value ({usd(float(worth[0]))}), so there is no regret by value to show."
-        )
+        worth = float(audit.case.tasks.value[0])
+        return f"Every task has the same value ({usd(worth)}), so there is no regret by value to show."
     if regret.value_correlation is None or regret.top_decile_share is None:
         return "All tasks lost the same, so regret says nothing about value."
     rho = regret.value_correlation
     moves = (
         "rises with value" if rho > 0.1 else "falls with value" if rho < -0.1 else "hardly moves with value"
     )
-    top = regret.by_value_decile[-1].tasks / len(worth)
+    seen = rho > 0 and regret.top_decile_share > 0.1
+    mark = "P2: a cost-minimising router loses on valuable requests" if seen else "P2 not seen"
     return (
-        f"<b>Regret {moves}</b> (Spearman {number(rho)}): the {percent(top)} of tasks with the highest value hold "
-        f"{percent(regret.top_decile_share)} of it. {small('P2: a cost-minimising router loses on valuable requests')}"
+        f"<b>Regret {moves}</b> (Spearman {number(rho)}): the tenth of tasks with the highest value holds "
+        f"{percent(regret.top_decile_share)} of it. {small(mark)}"
     )
 
 
@@ -370,9 +377,10 @@ def _identity(audit: Audit) -> str:
     for best, used, part in zip(audit.clearing.usage, audit.realised.usage, parts, strict=True):
         name = f"{esc(_limit_name(used.constraint))}: price × (used − bound)"
         rows.append((name, _product(case, used, best.multiplier), part))
-    rest = mean - sum(row[2] for row in rows)
-    if abs(rest) > 1e-6 * certificate.scale:
-        rows.append((f"gained by breaking an absolute rule, and not set off {small('[Z-LEX]')}", "", rest))
+    if audit.regret.rule_breaking:
+        broke = count(audit.regret.rule_breakers, "choices")
+        name = f"gained by breaking an absolute rule ({broke}), and not set off {small('[Z-LEX]')}"
+        rows.append((name, "", audit.regret.rule_breaking))
     rows.append(("mean regret", "", mean))
     amounts = summands([row[2] for row in rows])
     cells = [(name, how, amount) for (name, how, _), amount in zip(rows, amounts, strict=True)]
