@@ -18,7 +18,7 @@ import pytest
 
 from logs import HEADER, PAIR, SCRIPT, Ran, walras, walras_script, write_csv, write_jsonl
 from walras import cli
-from walras.diagnosis import audit as audit_module
+from walras.diagnosis import case as case_module
 from walras.simulate import write_sample
 
 RECORDS, SETTINGS, INFEASIBLE, OUTPUT = 3, 4, 5, 7
@@ -555,7 +555,7 @@ def test_interrupt_while_solving(good: Path, monkeypatch: pytest.MonkeyPatch) ->
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(audit_module, "discover", stop)
+    monkeypatch.setattr(case_module, "discover", stop)
     refused(walras("audit", good, "--value", 1), 130, "interrupted")
 
 
@@ -563,7 +563,7 @@ def test_out_of_memory(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(audit_module, "discover", fail)
+    monkeypatch.setattr(case_module, "discover", fail)
     refused(walras("audit", good, "--value", 1), 1, "out of memory", "fewer files")
 
 
@@ -571,7 +571,7 @@ def test_a_bug_is_called_one(good: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(audit_module, "discover", fail)
+    monkeypatch.setattr(case_module, "discover", fail)
     ran = walras("audit", good, "--value", 1)
     assert (ran.code, ran.out) == (1, "")
     assert ran.err == "walras: a bug in Walras: ZeroDivisionError: oops (WALRAS_DEBUG=1 shows where)\n"

@@ -295,7 +295,10 @@ def test_no_model_for_everybody() -> None:
         },
     )
     log = replace(random_log(5), chosen=np.full(300, UNKNOWN))
-    with pytest.raises(SettingsError, match="neither says what was chosen nor has one model on every task"):
+    with pytest.raises(
+        SettingsError,
+        match="neither says what was chosen nor has one model with a complete record on every task",
+    ):
         build_case(log, economy)
 
 

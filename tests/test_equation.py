@@ -211,6 +211,8 @@ def test_random_ties_choose_a_best_use_too(values: np.ndarray, seed: int) -> Non
         ([0.3, 0.1 + 0.2, -1.0], [0, 1]),  # a tie up to the last bit of a sum
         ([0.0, -1.0, 0.0], [DEFER, 0, 2]),  # at a price that makes a use worth nothing, half of them defer
         ([0.0, 1e-6], [1]),
+        ([-1e9, 1.0, 0.5], [1]),  # an absurd use does not make the others look alike
+        ([1e-17, -5.0], [DEFER, 0]),
     ],
 )
 def test_random_ties_are_even(row: list[float], tied: list[int]) -> None:

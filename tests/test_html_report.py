@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from walras.diagnosis import html, sensitivity
-from walras.diagnosis.audit import Audit, audit_log, price_log
-from walras.diagnosis.case import Case
+from walras.diagnosis.audit import Audit, audit_log
+from walras.diagnosis.case import Case, build_case
 from walras.diagnosis.html import html_report, write_html
 from walras.diagnosis.html.text import label, summands
 from walras.diagnosis.regret import measure_regret, overdrafts
@@ -311,7 +311,8 @@ ECONOMIES: list[dict[str, Any]] = [
 def test_regret_is_surplus_not_earned_plus_limits_overdrawn(
     log: Log, settings: dict[str, Any], unserved: int
 ) -> None:
-    case, clearing = price_log(log, load_economy(None, settings))
+    case = build_case(log, load_economy(None, settings))
+    clearing = case.clear()
     chosen = case.chosen.copy()
     chosen[:unserved] = DEFER
     case = replace(case, chosen=chosen)

@@ -324,3 +324,13 @@ def test_multipliers_in_cents_where_they_are_unique() -> None:
     assert (one.multipliers > 0).all()
     assert other.multipliers == pytest.approx(one.multipliers * [1, 100])
     assert (other.rounded.use == one.rounded.use).all()
+
+
+def test_an_unknown_numeraire_is_refused() -> None:
+    with pytest.raises(QuantityError, match="'gold'"):
+        Prices.from_json(
+            Prices()
+            .to_json()
+            .replace('"usd", "unit"', '"gold", "unit"')
+            .replace('numeraire": "usd"', 'numeraire": "gold"')
+        )

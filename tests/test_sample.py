@@ -139,7 +139,7 @@ def test_parameters_make_sense() -> None:
         ("tasks", lambda: sample_log(0)),
         ("seed", lambda: sample_log(1, -1)),
         ("batch_tasks", lambda: sample_batches(1, 0, 0)),
-        ("out", lambda: write_sample(Path("sample.xlsx"), 1, 0)),
+        ("--output", lambda: write_sample(Path("sample.xlsx"), 1, 0)),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_by_name(key: str, call: Callable[[], object]) -> None:

@@ -140,7 +140,9 @@ class Choice:
 
 
 TIE = 1e-9
-"""Values closer than this share of the best one are tied, when ties are broken at random."""
+"""Values that differ by less than this share of what is compared are tied, when ties are broken at random."""
+ROUND_OFF = 1e-12
+"""Below this share of the largest term in a sum, a number is round-off."""
 
 
 def choose(values: FloatArray, *, defer: bool = True, rng: np.random.Generator | None = None) -> Choice:
@@ -164,10 +166,16 @@ def choose(values: FloatArray, *, defer: bool = True, rng: np.random.Generator |
 
 
 def _random_best(values: FloatArray, defer: bool, rng: np.random.Generator) -> IntArray:
-    """A use within `TIE` of the best, drawn evenly, (N,); deferring is one of the uses where it is open."""
+    """A use within `TIE` of the best, drawn evenly, (N,); deferring is one of the uses where it is open.
+
+    The width of a tie is measured on the smallest value in the row that is not itself round-off: one absurd use, −10⁹,
+    must not make the others look alike.
+    """
     open_to = np.column_stack((values, np.zeros(len(values)))) if defer else values
-    size = np.where(np.isfinite(open_to), np.abs(open_to), 0.0).max(axis=1, keepdims=True)
-    tied = open_to >= open_to.max(axis=1, keepdims=True) - TIE * size
+    size = np.where(np.isfinite(open_to), np.abs(open_to), 0.0)
+    real = size > ROUND_OFF * size.max(axis=1, keepdims=True)
+    width = TIE * np.where(real, size, np.inf).min(axis=1, keepdims=True)
+    tied = open_to >= open_to.max(axis=1, keepdims=True) - np.where(np.isfinite(width), width, 0.0)
     drawn = np.argmax(np.where(tied, rng.random(open_to.shape), -1.0), axis=1)
     return np.where(drawn == values.shape[1], DEFER, drawn)
 

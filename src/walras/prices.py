@@ -204,6 +204,8 @@ class Prices:
     def __post_init__(self) -> None:
         if not (np.isfinite(self.unit) and self.unit > 0):
             raise NumeraireError(f"the unit of account must be worth more than 0 USD, got {self.unit}")
+        if self.numeraire not in ("usd", "compute"):
+            raise QuantityError(f"the numéraire is 'usd' or 'compute', not '{self.numeraire}'")
         for resource, price in self.declared:
             if not (np.isfinite(price) and price >= 0):
                 raise QuantityError(f"declared price of '{resource}' is {price}; it must be finite and ≥ 0")

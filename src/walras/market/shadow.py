@@ -8,6 +8,7 @@ reported apart [Z-W1].
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -78,6 +79,7 @@ class Usage:
 
     constraint: Constraint
     used: float
+    """In the bound's unit; NaN for an SLA where nobody is served."""
     multiplier: float
     service_rate: float
     """Share of tasks in scope that were served at all: an SLA must not be met by deferring unseen."""
@@ -351,7 +353,8 @@ def measure_usage(
         per_use = constraint.charge(uses)[mix.task[on], mix.use[on]]
         total = float(np.sum(mass[on] * per_use))
         sla = constraint.layer == "latency"
-        used = total / (served or 1.0) + constraint.bound if sla else total / everybody
+        average = total / served + constraint.bound if served else math.nan
+        used = average if sla else total / everybody
     return Usage(constraint, used, multiplier, served / everybody)
 
 
