@@ -6,7 +6,7 @@ resource), never by what that costs: one price vector can then reprice everythin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -171,41 +171,28 @@ class Uses:
             return self.late[seconds]
         return (self.seconds > seconds).astype(np.float64)
 
+    def each(self, change: Callable[[FloatArray], FloatArray]) -> dict[str, Any]:
+        """Every column of amounts after `change`, by name; what is allowed is not an amount."""
+        names = ("quality", "amounts", "seconds", "risk", "irreversible_risk")
+        columns: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        columns["losses"] = None if self.losses is None else change(self.losses)
+        columns["late"] = {s: change(share) for s, share in self.late.items()}
+        return columns
+
     def take(self, rows: IntArray) -> Uses:
         """The uses of the tasks at `rows`, in that order."""
-        return replace(
-            self,
-            quality=self.quality[rows],
-            amounts=self.amounts[rows],
-            seconds=self.seconds[rows],
-            risk=self.risk[rows],
-            irreversible_risk=self.irreversible_risk[rows],
-            losses=None if self.losses is None else self.losses[rows],
-            late={s: share[rows] for s, share in self.late.items()},
-            allowed=self.allowed[rows],
-        )
+        return replace(self, **self.each(lambda column: column[rows]), allowed=self.allowed[rows])
 
     def pick(self, use: IntArray) -> Uses:
         """One use per task, (N, 1): column `use` of each row; −1 (defer) gives a use of nothing."""
-        column = np.maximum(use, 0)[:, None]
-        nothing = (use < 0)[:, None]
+        column, nothing = np.maximum(use, 0)[:, None], use < 0
 
         def at(values: FloatArray) -> FloatArray:
             picked = np.take_along_axis(values, column.reshape(-1, 1, *[1] * (values.ndim - 2)), axis=1)
-            picked[nothing[:, 0]] = 0.0
+            picked[nothing] = 0.0
             return picked
 
-        return Uses(
-            names=("picked",),
-            quality=at(self.quality),
-            amounts=at(self.amounts),
-            resources=self.resources,
-            seconds=at(self.seconds),
-            risk=at(self.risk),
-            irreversible_risk=at(self.irreversible_risk),
-            losses=None if self.losses is None else at(self.losses),
-            late={s: at(share) for s, share in self.late.items()},
-        )
+        return Uses(names=("picked",), resources=self.resources, **self.each(at))
 
     def with_risk(self, measure: RiskMeasure) -> Uses:
         """The same uses, each one's risk set to `measure` of its own losses (conservative: tails add up) [Z-K]."""
@@ -228,14 +215,6 @@ def whole_plans(increments: Uses) -> Uses:
     Choosing among whole plans is exact whatever the chain's shape; `equation.choose_increments` gives the same
     answer by marginal value. A plan is allowed only if every step of it is.
     """
-    return replace(
-        increments,
-        quality=np.cumsum(increments.quality, axis=1),
-        amounts=np.cumsum(increments.amounts, axis=1),
-        seconds=np.cumsum(increments.seconds, axis=1),
-        risk=np.cumsum(increments.risk, axis=1),
-        irreversible_risk=np.cumsum(increments.irreversible_risk, axis=1),
-        losses=None if increments.losses is None else np.cumsum(increments.losses, axis=1),
-        late={},  # probabilities of breach do not add over increments
-        allowed=np.logical_and.accumulate(increments.allowed, axis=1),
-    )
+    columns = increments.each(lambda column: np.cumsum(column, axis=1))
+    columns["late"] = {}  # probabilities of breach do not add over increments
+    return replace(increments, **columns, allowed=np.logical_and.accumulate(increments.allowed, axis=1))

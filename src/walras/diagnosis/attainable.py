@@ -159,18 +159,10 @@ def _estimate(case: Case, rows: IntArray, classes: IntArray) -> Uses:
     def pooled(values: FloatArray) -> FloatArray:
         return pooled_class_means(np.ascontiguousarray(values), of, n_classes)
 
+    # An SLA's breach is estimated as such: the mean of late or not, never whether the mean is late.
     late = {c.seconds for c in case.constraints if c.kind == "quantile_sla"}
-    return Uses(
-        names=uses.names,
-        quality=pooled(uses.quality),
-        amounts=pooled(uses.amounts),
-        resources=uses.resources,
-        seconds=pooled(uses.seconds),
-        risk=pooled(uses.risk),
-        irreversible_risk=pooled(uses.irreversible_risk),
-        losses=None if uses.losses is None else pooled(uses.losses),
-        late={s: pooled(uses.late_share(s)) for s in late},
-    )
+    uses = replace(uses, late={s: uses.late_share(s) for s in late})
+    return Uses(names=uses.names, resources=uses.resources, **uses.each(pooled))
 
 
 def _mix_of(shares: FloatArray) -> Mix:
