@@ -72,13 +72,8 @@ def _headline(audit: Audit, title: str) -> list[RenderableType]:
     if audit.gain_surplus and audit.gain_limits:
         lines.append(Text.from_markup(_within_reach(audit.gain_surplus, audit.gain_limits)))
     if regret.rule_breakers:
-        broke = count(regret.rule_breakers, "of these choices")
-        lines.append(
-            Text(
-                f"{broke} broke an absolute rule [Z-LEX], for {usd(regret.rule_breaking)} per task.",
-                style="red",
-            )
-        )
+        text = f"{regret.rule_breakers:,} of these choices broke an absolute rule [Z-LEX], for {usd(regret.rule_breaking)} per task."
+        lines.append(Text(text, style="red"))
     return lines
 
 
