@@ -232,8 +232,8 @@ def test_in_a_production_log_a_choice_without_outcome_is_left_out() -> None:
 
 
 def test_a_log_without_a_single_whole_record() -> None:
-    log = with_gaps(random_log(4), "quality", slice(150), slice(None))  # type: ignore[arg-type]
-    log = with_gaps(log, "cost_usd", slice(150, None), slice(None))  # type: ignore[arg-type]
+    log = with_gaps(random_log(4), "quality", slice(150), slice(None))
+    log = with_gaps(log, "cost_usd", slice(150, None), slice(None))
     with pytest.raises(RecordError, match="no record has all of quality, cost_usd"):
         build_case(log, Economy(value=1.0))
 

@@ -86,7 +86,7 @@ def test_mean_regret_is_surplus_not_earned_plus_overdraft(
     chosen = np.where(np.random.default_rng(seed).random(n) < deferred, UNKNOWN, log.chosen)
     assume((chosen != UNKNOWN).any())
     settings_ = ROWS[rows] | ({"classes": {"class0": TaskClass(forbidden_models=("large",))}} if rule else {})
-    case = build_case(replace(log, chosen=chosen), Economy(defer=defer, **settings_))  # type: ignore[arg-type]
+    case = build_case(replace(log, chosen=chosen), Economy(defer=defer, **settings_))
     try:
         cleared = case.clear()
     except InfeasibleError:
@@ -115,14 +115,14 @@ def test_mean_regret_is_surplus_not_earned_plus_overdraft(
     "rows", ["budget", "mean SLA", "quantile SLA", "risk", "CVaR of each use", "everything"]
 )
 def test_the_rows_above_bind(rows: str) -> None:
-    cleared = build_case(random_log(0), Economy(**ROWS[rows])).clear()  # type: ignore[arg-type]
+    cleared = build_case(random_log(0), Economy(**ROWS[rows])).clear()
     assert (cleared.multipliers > 0).any()
 
 
 @given(seed=st.integers(0, 999), rows=st.sampled_from(sorted(ROWS)))
 @settings(max_examples=30)
 def test_groups_and_failures_hold_all_regret(seed: int, rows: str) -> None:
-    case = build_case(random_log(seed, 100), Economy(**ROWS[rows]))  # type: ignore[arg-type]
+    case = build_case(random_log(seed, 100), Economy(**ROWS[rows]))
     found = measure_regret(case, case.clear().prices)
     total = found.per_task.sum()
     for groups in (found.by_tenant, found.by_class, found.by_value_decile):

@@ -203,7 +203,7 @@ def test_a_block_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.M
     def fails_later(rng: np.random.Generator, first: int, *rest: object) -> pa.RecordBatch:
         if first > 1:
             raise MemoryError
-        return block(rng, first, *rest)  # type: ignore[arg-type]
+        return block(rng, first, *rest)
 
     monkeypatch.setattr(day, "BLOCK_TASKS", 8)
     monkeypatch.setattr(sample, "draw_block", fails_later)

@@ -17,7 +17,7 @@ from walras.settings import Economy
 
 
 def case_of(seed: int = 0, n: int = 200, **settings: object) -> Case:
-    return build_case(random_log(seed, n), Economy(**settings))  # type: ignore[arg-type]
+    return build_case(random_log(seed, n), Economy(**settings))
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_walras_settings_prints_every_setting() -> None:
 
 @pytest.mark.parametrize("command", ["audit", "prices"])
 def test_options_have_the_settings_help(command: str) -> None:
-    options = {p.name: p for p in typer.main.get_command(app).commands[command].params}  # type: ignore[attr-defined]
+    options = {p.name: p for p in typer.main.get_command(app).commands[command].params}
     wanted = set(ECONOMY_OPTIONS) - ({"baseline"} if command == "prices" else set())
     assert wanted <= set(options)
     for key in wanted:

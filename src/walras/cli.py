@@ -98,7 +98,8 @@ def takes_economy(*without: str) -> Callable[[Callable[..., None]], Callable[...
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name != "economy"]
         everything = [*parameters[:1], *shared, *parameters[1:]]
-        run.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]  # what typer reads
+        # Typer reads a command's options from its signature, and functions are not declared to have this attribute.
+        run.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in everything}
         return run
 
