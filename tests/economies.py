@@ -16,7 +16,7 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from walras.market.programme import Mix
+from walras.market.mix import Mix
 from walras.prices import Constraint, Price, Prices, Scope
 from walras.quantities import Labels, Tasks, Uses
 from walras.risk import CVaR, MaxMin

@@ -28,7 +28,7 @@ from walras.diagnosis.regret import measure_regret, overdrafts
 from walras.diagnosis.words import as_declared, number, percent, usd
 from walras.equation import DEFER
 from walras.errors import OutputError
-from walras.market.programme import Mix
+from walras.market.mix import Mix
 from walras.market.shadow import measure_usage
 from walras.prices import Price
 from walras.quantities import USD

@@ -323,7 +323,7 @@ def test_multipliers_in_cents_where_they_are_unique() -> None:
     one, other = (discover(e.tasks, e.uses, e.rows) for e in (economy, cents))
     assert (one.multipliers > 0).all()
     assert other.multipliers == pytest.approx(one.multipliers * [1, 100])
-    assert (other.rounded.use == one.rounded.use).all()
+    assert (other.use == one.use).all()
 
 
 def test_an_unknown_numeraire_is_refused() -> None:

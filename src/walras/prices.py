@@ -99,6 +99,8 @@ class Constraint:
     density: tuple[float, ...] | None = None
     hard: bool = False
     """Lexicographic [Z-LEX]: met first, and never the one that an infeasible programme asks to relax."""
+    exactly: bool = False
+    """The bound must be met with equality (capacity that is paid for anyway); its price may then be negative."""
 
     def __post_init__(self) -> None:
         if not np.isfinite(self.bound) or self.bound < 0:
@@ -130,7 +132,7 @@ class Constraint:
     @property
     def name(self) -> str:
         """One readable line that identifies it."""
-        what = {
+        what = ("exactly " if self.exactly else "") + {
             "budget": f"budget {self.bound:g} {self.resource}/task",
             "mean_sla": f"mean latency ≤ {self.bound:g} s",
             "quantile_sla": f"P(latency > {self.seconds:g} s) ≤ {self.bound:g}",
@@ -180,7 +182,7 @@ class Price:
     multiplier: float
 
     def __post_init__(self) -> None:
-        if not np.isfinite(self.multiplier) or self.multiplier < 0:
+        if not np.isfinite(self.multiplier) or (self.multiplier < 0 and not self.constraint.exactly):
             raise QuantityError(
                 f"price of '{self.constraint.name}' is {self.multiplier}; it must be finite and ≥ 0"
             )

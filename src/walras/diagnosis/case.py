@@ -9,7 +9,7 @@ import numpy as np
 
 from walras.equation import DEFER, surplus
 from walras.errors import RecordError, SettingsError, nearest
-from walras.market.programme import Mix
+from walras.market.mix import Mix
 from walras.market.shadow import Clearing, OnPass, discover, measure_usage
 from walras.prices import Constraint, Scope
 from walras.quantities import USD, BoolArray, IntArray, Labels, Tasks, Uses

@@ -13,9 +13,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from walras.equation import DEFER, Charge
+from walras.equation import DEFER
 from walras.errors import InfeasibleError
-from walras.market.programme import Mix, Programme, clear
+from walras.market.dual import solve, tables
+from walras.market.memory import Memory
+from walras.market.mix import Mix
+from walras.market.planes import Planes, Rows
 from walras.prices import Constraint
 from walras.quantities import Tasks, Uses
 from walras.risk import FloatArray
@@ -47,7 +50,7 @@ def same_envelope(a: Constraint, b: Constraint) -> bool:
 
 
 def least_envelope(
-    programme: Programme, tasks: Tasks, uses: Uses, envelope: Constraint, met: Sequence[int], mix: Mix
+    market: Memory, tasks: Tasks, uses: Uses, envelope: Constraint, met: Sequence[int], mix: Mix
 ) -> float:
     """The least bound of a portfolio envelope that does beside the rows `met`, which `mix` meets; nobody defers.
 
@@ -56,37 +59,47 @@ def least_envelope(
     """
     assert envelope.measure is not None
     assert uses.losses is not None
-    n, i = programme.worth.shape
-    allowed = np.isfinite(programme.worth)
+    n, i = uses.shape
+    allowed = ~np.isnan(market.planes.quality)
     members = envelope.scope.members(tasks)
     scope = np.ones(n) if members is None else members.astype(np.float64)
     mass = scope / (tasks.weight @ scope)
     most = float(np.where(allowed[:, :, None], uses.losses, 0.0).max())
-    worth = np.full((n + 1, i + 1), -np.inf)
-    worth[:n, :i] = np.where(allowed, 0.0, -np.inf)
+    worth = np.full((n + 1, i + 1), np.nan)
+    worth[:n, :i] = np.where(allowed, 0.0, np.nan)
     worth[n, [0, i]] = 0.0, -most
-    charges = [
-        replace(charge, per_use=np.pad(charge.per_use, ((0, int(charge.tasks is None)), (0, 1))))
-        for charge in (programme.charges[j] for j in met)
-    ]
-    limits = programme.limits[met]
-    grant = Mix(np.append(mix.task, n), np.append(mix.use, i), np.append(mix.share, 1.0))
+    _, charges, _ = tables(market.planes, market.rows)
+    planes = [np.pad(charges[j], ((0, 1), (0, 1))) for j in met]
+    limits = list(market.rows.limits[list(met)])
     least = most
     for _ in range(MAX_CUTS):
         density = envelope.measure.density(scenario_totals(tasks, uses, envelope, mix))
         piece = np.zeros((n + 1, i + 1))
         piece[:n, :i] = np.where(allowed, mass[:, None] * (uses.losses @ density), 0.0)
         piece[n, i] = -most
-        charges, limits = [*charges, Charge(piece, None)], np.append(limits, 0.0)
-        epigraph = Programme(worth, charges, limits, np.append(programme.weight, 1.0), defer=False)
-        solution = clear(epigraph, feasible=grant)
-        real = solution.mix.task < n
-        mix = Mix(solution.mix.task[real], solution.mix.use[real], solution.mix.share[real])
+        planes, limits = [*planes, piece], [*limits, 0.0]
+        epigraph = _plain(worth, planes, limits, np.append(tasks.weight, 1.0))
+        answer = solve(epigraph)
+        mix = Mix.of(epigraph, answer)
+        real = mix.task < n
+        mix = Mix(mix.task[real], mix.use[real], mix.share[real])
         totals = scenario_totals(tasks, uses, envelope, mix)
         least = min(least, float(envelope.measure.density(totals) @ totals))
-        if least <= -solution.objective * (1 + 1e-9) + 1e-15:
+        if least <= -answer.objective * (1 + 1e-9) + 1e-15:
             break
     return least
+
+
+def _plain(
+    worth: FloatArray, charges: Sequence[FloatArray], limits: Sequence[float], weight: FloatArray
+) -> Memory:
+    """A market from worth (N, I), NaN where not allowed, and one plane of charges for each row; nobody defers."""
+    k, (n, _) = len(charges), worth.shape
+    none = np.zeros(k, dtype=np.bool_)
+    rows = Rows(np.arange(k), np.full(k, np.nan), np.zeros(k), np.array(limits), none, none)
+    free = tuple(np.zeros(1) for _ in charges)
+    planes = Planes(np.ones(n), worth, tuple(charges), free, weight, np.zeros(1, dtype=np.uint64))
+    return Memory(planes, rows, defer=False)
 
 
 def broken_envelopes(

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
-from walras.equation import DEFER, Charge, after_charges, choose, surplus
+from walras.equation import DEFER
 from walras.errors import InfeasibleError, NotCleared
+from walras.market.dual import Answer, Goal, Unbounded, Unstable, solve, tables
 from walras.market.envelopes import (
     MAX_CUTS,
     at_their_densities,
@@ -25,7 +27,9 @@ from walras.market.envelopes import (
     same_envelope,
     scenario_totals,
 )
-from walras.market.programme import Mix, Programme, Solution, clear
+from walras.market.memory import Memory
+from walras.market.mix import Mix
+from walras.market.planes import planes_of
 from walras.prices import Constraint, Numeraire, Price, Prices
 from walras.quantities import USD, IntArray, Tasks, Uses
 from walras.risk import FloatArray
@@ -64,13 +68,14 @@ class Certificate:
 class Rounded:
     """The allocation after every split task was given to one use; USD per task."""
 
-    use: IntArray
-    """(N,), `DEFER` where none."""
     objective: float
     gap: float
     max_violation: float
     split_tasks: int
     """How many tasks were split in the mixture."""
+    task: IntArray
+    """The tasks that were split, and what each got."""
+    given: IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,29 +93,46 @@ class Usage:
     def excess(self) -> float:
         """How far over the bound, relative to it (absolute where the bound is 0); 0 when within."""
         over = self.used - self.constraint.bound
+        if self.constraint.exactly:
+            over = abs(over)
         return max(0.0, over / self.constraint.bound if self.constraint.bound else over)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Clearing:
     """Discovered prices, their certificate, and the allocation they support."""
 
     prices: Prices
     certificate: Certificate
-    mix: Mix
     rounded: Rounded
     usage: tuple[Usage, ...]
     passes: int
+    """Passes over all of the data."""
     seconds: float
+    market: Memory = field(repr=False)
+    answer: Answer = field(repr=False)
 
     @property
     def multipliers(self) -> FloatArray:
         """One per constraint, in the order given, (K,)."""
         return np.array([p.multiplier for p in self.prices.discovered])
 
+    @cached_property
+    def mix(self) -> Mix:
+        """The allocation, spelled out for every task."""
+        return Mix.of(self.market, self.answer)
+
+    @cached_property
+    def use(self) -> IntArray:
+        """The allocation without mixtures, (N,), `DEFER` where none."""
+        use = np.empty(len(self.market), dtype=np.int64)
+        use[self.mix.task] = self.mix.use
+        use[self.rounded.task] = self.rounded.given
+        return use
+
 
 OnPass = Callable[[int, float], None]
-"""Called after each pass over the data with its number and the gap in USD per task."""
+"""Called after each pass with its number and the gap so far in USD per task (∞ while there is no bound)."""
 
 
 def discover(
@@ -140,144 +162,106 @@ def discover(
         NotCleared: the certificate did not reach `GAP_TOLERANCE`; carries the best one.
     """
     began = time.perf_counter()
-    worth = surplus(tasks, uses, declared, numeraire)
-    if not defer:
-        choose(worth, defer=False)  # raises, naming the task, where nothing is allowed
-    report = None if on_pass is None else (lambda number, gap, _mu: on_pass(number, gap))
+    total = float(tasks.weight.sum())
+    report = None if on_pass is None else (lambda number, gap, _mu: on_pass(number, gap / total))
     rows = [c for c in constraints if c.kind != "portfolio_envelope"]
     cuts: list[tuple[int, Constraint]] = []
     """Portfolio envelopes are met by linear pieces: (position in `constraints`, envelope with a density)."""
-    programme = _programme(tasks, uses, worth, rows, defer)
-    feasible: Mix | None = None
-    solution: Solution | None = None
     passes = 0
     for _ in range(MAX_CUTS):
         pieces = [*rows, *(cut for _, cut in cuts)]
-        programme = _extend(programme, tasks, uses, pieces)
-        feasible = _feasible_mix(programme, tasks, uses, pieces, feasible)
-        if solution is not None:
-            start = np.append(solution.multipliers, np.zeros(len(pieces) - solution.multipliers.size))
-        elif start is not None and start.size != len(pieces):
-            start = None
-        solution = clear(programme, feasible=feasible, start=start, on_pass=report)
-        passes += solution.passes
-        broken = broken_envelopes(tasks, uses, constraints, solution.mix)
+        market = Memory(*planes_of(tasks, uses, pieces, declared, numeraire), defer)
+        if start is not None and start.size < len(pieces):
+            start = np.append(start, np.zeros(len(pieces) - start.size))
+        try:
+            answer = solve(market, start=start, on_pass=report)
+        except Unbounded:
+            raise _why_infeasible(market, tasks, uses, pieces) from None
+        except Unstable:
+            raise NotCleared("no box of prices was found that holds the answer", certificate=None) from None
+        passes, start = passes + answer.passes, answer.multipliers
+        broken = _broken(tasks, uses, constraints, market, answer)
         if not broken:
             break
         cuts += broken
-    assert solution is not None
-    solution = _zero_slack_prices(programme, solution)
-    constraints = at_their_densities(tasks, uses, constraints, solution.mix)
-    prices = Prices(_prices(constraints, rows, cuts, solution.multipliers), tuple(declared), numeraire)
+    answer = _zero_slack_prices(market, answer)
+    if cuts or any(c.kind == "portfolio_envelope" for c in constraints):
+        constraints = at_their_densities(tasks, uses, constraints, Mix.of(market, answer))
+    prices = Prices(_prices(constraints, rows, cuts, answer.multipliers), tuple(declared), numeraire)
     if numeraire == "compute":
         prices.normalised()  # raises when compute has no price
-    usage = tuple(
-        measure_usage(tasks, uses, p.constraint, solution.mix, p.multiplier) for p in prices.discovered
-    )
-    certificate = _certificate(programme, solution, usage)
+    usage = _usage(tasks, uses, market, answer, prices, rows)
+    certificate = _certificate(market, answer, usage)
     if certificate.relative_gap > GAP_TOLERANCE or certificate.max_violation > GAP_TOLERANCE:
         raise NotCleared(
             f"prices were not certified: gap {certificate.gap:.2e} USD per task, violation "
             f"{certificate.max_violation:.1e} after {passes} passes",
             certificate=certificate,
         )
+    rounded = _round(market, answer)
     return Clearing(
-        prices,
-        certificate,
-        solution.mix,
-        _round(programme, solution),
-        usage,
-        passes,
-        time.perf_counter() - began,
-    )
+        prices, certificate, rounded, usage, passes, time.perf_counter() - began, market, answer
+    )  # fmt: skip
 
 
-def _programme(
-    tasks: Tasks, uses: Uses, worth: FloatArray, constraints: Sequence[Constraint], defer: bool
-) -> Programme:
-    charges = [Charge.of(c, tasks, uses) for c in constraints]
-    limits = np.array([_limit(c, ch, tasks) for c, ch in zip(constraints, charges, strict=True)])
-    return Programme(worth, charges, limits, tasks.weight, defer)
-
-
-def _limit(constraint: Constraint, charge: Charge, tasks: Tasks) -> float:
-    weight = tasks.weight if charge.tasks is None else tasks.weight[charge.tasks]
-    return constraint.per_task_limit * float(weight.sum())
-
-
-def _extend(programme: Programme, tasks: Tasks, uses: Uses, constraints: Sequence[Constraint]) -> Programme:
-    """The programme with charges for the constraints it does not hold yet."""
-    new = constraints[len(programme.charges) :]
-    if not new:
-        return programme
-    more = _programme(tasks, uses, programme.worth, new, programme.defer)
-    return replace(
-        programme,
-        charges=[*programme.charges, *more.charges],
-        limits=np.concatenate((programme.limits, more.limits)),
-    )
+def _broken(
+    tasks: Tasks, uses: Uses, constraints: Sequence[Constraint], market: Memory, answer: Answer
+) -> list[tuple[int, Constraint]]:
+    """The linear pieces of portfolio envelopes that an answer does not meet."""
+    if all(c.kind != "portfolio_envelope" for c in constraints):
+        return []
+    return broken_envelopes(tasks, uses, constraints, Mix.of(market, answer))
 
 
 # --- feasibility ------------------------------------------------------------------------------------------------
 
 
-def _feasible_mix(
-    programme: Programme, tasks: Tasks, uses: Uses, constraints: Sequence[Constraint], known: Mix | None
-) -> Mix | None:
-    """An allocation within all limits; None when deferring everywhere is one.
-
-    Rows are met one after another, hard ones first: given an allocation within the rows so far, take the one that
-    uses least of the next row. If even that is too much, the row and that least are what the user needs to know.
-    """
-    if programme.defer:
-        return None
-    order = sorted(range(len(constraints)), key=lambda k: not constraints[k].hard)
-    mix = known or Mix.pure(choose(programme.worth, defer=False).use)
-    for position, k in enumerate(order):
-        met = order[:position]
-        if _within(programme, mix, [*met, k]):
-            continue
-        cheapest = np.full(programme.worth.shape, -np.inf)
-        rows = programme.charges[k].tasks
-        cost = np.zeros(programme.worth.shape)
-        cost[slice(None) if rows is None else rows] = programme.charges[k].per_use
-        np.copyto(cheapest, -cost, where=np.isfinite(programme.worth))
-        least = replace(
-            programme,
-            worth=cheapest,
-            charges=[programme.charges[j] for j in met],
-            limits=programme.limits[met],
-        )
-        solution = clear(least, feasible=mix)  # which is within the rows met so far
-        if _within(programme, solution.mix, [k]):
-            mix = solution.mix
-            continue
-        if constraints[k].kind == "portfolio_envelope":
-            # That was the least of one linear piece; with the bound, all pieces of the envelope would move.
-            met = [j for j in met if not same_envelope(constraints[j], constraints[k])]
-            least_bound = least_envelope(programme, tasks, uses, constraints[k], met, mix)
-        else:
-            weight = float(programme.weight.sum() if rows is None else programme.weight[rows].sum())
-            # An SLA's charge is measured against its bound, and every task in scope is served.
-            least_bound = -solution.objective / weight + programme.charges[k].offset
-        raise _infeasible(constraints[k], [constraints[j] for j in met], least_bound)
-    return mix
+def _why_infeasible(
+    market: Memory, tasks: Tasks, uses: Uses, constraints: Sequence[Constraint]
+) -> InfeasibleError | NotCleared:
+    """The first row that cannot be met beside those before it, hard ones first, and the least bound that would do."""
+    rows, k = market.rows, len(constraints)
+    met: list[int] = []
+    for row in sorted(range(k), key=lambda j: not constraints[j].hard):
+        of_row, free = np.eye(k)[row], np.zeros(k)
+        free[met] = 1.0
+        for sign in (1.0, -1.0) if rows.exactly[row] else (1.0,):
+            answer = solve(market, goal=Goal(0.0, sign * of_row, free))
+            used, weight = float(answer.usage[row]), _scope_weight(market, row)
+            room = ROUND_OFF * (abs(used) + abs(rows.limits[row]) + rows.offset[row] * weight)
+            if sign * (used - rows.limits[row]) <= room:
+                continue
+            given = met
+            least = used / weight + rows.offset[row]
+            if constraints[row].kind == "portfolio_envelope":
+                # That was the least of one linear piece; with the bound, all pieces of the envelope would move.
+                given = [j for j in met if not same_envelope(constraints[j], constraints[row])]
+                least = least_envelope(market, tasks, uses, constraints[row], given, Mix.of(market, answer))
+            return _infeasible(constraints[row], [constraints[j] for j in given], least, most=sign < 0)
+        met.append(row)
+    return NotCleared("prices grow without end, although the constraints can be met", certificate=None)
 
 
-def _within(programme: Programme, mix: Mix, rows: Sequence[int]) -> bool:
-    excess = mix.usage(programme) - programme.limits
-    small = ROUND_OFF * mix.magnitude(programme)
-    return all(excess[k] <= small[k] for k in rows)
+def _scope_weight(market: Memory, row: int) -> float:
+    planes = market.planes
+    if not market.rows.scoped[row]:
+        return planes.total_weight()
+    inside = (planes.member >> np.uint64(row)) & np.uint64(1)
+    return float(np.sum(planes.weight * inside)) or 1.0
 
 
-def _infeasible(row: Constraint, met: Sequence[Constraint], least: float) -> InfeasibleError:
+def _infeasible(
+    row: Constraint, met: Sequence[Constraint], bound: float, *, most: bool = False
+) -> InfeasibleError:
     given = f" given {' and '.join(dict.fromkeys(c.name for c in met))}" if met else ""
+    shown = f"{'most' if most else 'least'} bound that would do is {bound if most else _round_up(bound):.4g}"
+    raised = "lower it" if most else "raise it, or let tasks be deferred"
     return InfeasibleError(
-        f"infeasible: {row.name} cannot be met{given}; the least bound that would do is {_round_up(least):.4g} "
-        f"({'a hard constraint: it is not relaxed' if row.hard else 'raise it, or let tasks be deferred'})",
+        f"infeasible: {row.name} cannot be met{given}; the {shown} "
+        f"({'a hard constraint: it is not relaxed' if row.hard else raised})",
         constraint=row.name,
         bound=row.bound,
-        least=least,
+        least=bound,
     )
 
 
@@ -318,20 +302,44 @@ def _prices(
 # --- certificate --------------------------------------------------------------------------------------------------
 
 
-def _zero_slack_prices(programme: Programme, solution: Solution) -> Solution:
+def _zero_slack_prices(market: Memory, answer: Answer) -> Answer:
     """Multipliers of rows with slack set to exactly 0 [Z-CS], and the bound recomputed at what remains."""
-    slack = programme.limits - solution.usage
-    tight = slack <= ROUND_OFF * np.maximum(np.abs(programme.limits), solution.mix.magnitude(programme))
-    # A scope without tasks has no use for a price, such as one it was started from.
-    idle = [charge.tasks is not None and not charge.tasks.size for charge in programme.charges]
-    mu = np.where(tight & ~np.array(idle, dtype=np.bool_), solution.multipliers, 0.0)
-    if (mu == solution.multipliers).all():
-        return solution
-    values = after_charges(programme.worth, programme.charges, mu)
-    dual = float(
-        np.sum(programme.weight * choose(values, defer=programme.defer).value) + mu @ programme.limits
-    )
-    return replace(solution, multipliers=mu, dual=dual)
+    rows, zero = market.rows, np.zeros(len(market.rows))
+    slack = (rows.limits - answer.usage > ROUND_OFF * _size(market, answer)) & ~rows.exactly
+    mu = np.where(slack, 0.0, answer.multipliers)
+    if (mu == answer.multipliers).all():
+        return answer
+    part = market.sums(mu, 1.0, 0.0, zero)
+    dual = part.worth + float(mu @ (rows.limits - part.usage))
+    return replace(answer, multipliers=mu, dual=dual)
+
+
+def _size(market: Memory, answer: Answer) -> FloatArray:
+    """(K,) what a row's slack is small or large against: its limit, or what it sums up, an SLA's bound included."""
+    size = answer.size + market.rows.offset * market.weight
+    return np.maximum(np.abs(market.rows.limits), size) + 1e-300
+
+
+def _usage(
+    tasks: Tasks, uses: Uses, market: Memory, answer: Answer, prices: Prices, rows: Sequence[Constraint]
+) -> tuple[Usage, ...]:
+    """What is used of each constraint; of the plain rows it is known, envelopes are measured."""
+    plain, out = iter(range(len(rows))), []
+    for price in prices.discovered:
+        constraint = price.constraint
+        if constraint.kind == "portfolio_envelope":
+            mix = Mix.of(market, answer)
+            out.append(measure_usage(tasks, uses, constraint, mix, price.multiplier))
+            continue
+        k = next(plain)
+        weight, served = _scope_weight(market, k), float(answer.served[k])
+        if constraint.layer == "latency":
+            # Charged against its bound and per served task; the bound is added back for people.
+            used = answer.usage[k] / served + constraint.bound if served else math.nan
+        else:
+            used = answer.usage[k] / weight
+        out.append(Usage(constraint, float(used), price.multiplier, served / weight))
+    return tuple(out)
 
 
 def measure_usage(
@@ -358,53 +366,79 @@ def measure_usage(
     return Usage(constraint, used, multiplier, served / everybody)
 
 
-def _certificate(programme: Programme, solution: Solution, usage: Sequence[Usage]) -> Certificate:
-    total = float(programme.weight.sum())
-    worth = np.where(np.isfinite(programme.worth), np.abs(programme.worth), 0.0).max(axis=1)
-    slack = programme.limits - solution.usage
-    mu = solution.multipliers
+def _certificate(market: Memory, answer: Answer, usage: Sequence[Usage]) -> Certificate:
+    total, mu = market.weight, answer.multipliers
+    slack = market.rows.limits - answer.usage
     # dual = Σ w·best + μ·limit and objective = Σ w·got + μ·usage: what is left of the gap besides the slack.
-    residual = solution.dual - solution.objective - float(mu @ slack)
+    residual = answer.dual - answer.objective - float(mu @ slack)
     return Certificate(
-        objective=solution.objective / total,
-        dual=solution.dual / total,
-        gap=abs(solution.dual - solution.objective) / total,
+        objective=answer.objective / total,
+        dual=answer.dual / total,
+        gap=abs(answer.dual - answer.objective) / total,
         max_violation=max((u.excess for u in usage), default=0.0),
         residual=abs(residual) / total,
-        slackness=float(np.max(mu * np.abs(slack), initial=0.0)) / total,
-        scale=float(np.sum(programme.weight * worth)) / total,
+        slackness=float(np.max(np.abs(mu * slack), initial=0.0)) / total,
+        scale=market.stake() / total,
     )
 
 
-def _round(programme: Programme, solution: Solution) -> Rounded:
+GREEDY = 2_000
+"""Split tasks rounded one by one, each with an eye on the rows; the others are dealt out evenly first."""
+
+
+def _round(market: Memory, answer: Answer) -> Rounded:
     """Give every split task to one of its uses: the best that still fits, else the one that overshoots least."""
-    mix = solution.mix
-    split = np.bincount(mix.task)[mix.task] > 1
-    use = np.full(programme.weight.size, DEFER, dtype=np.int64)
-    use[mix.task[~split]] = mix.use[~split]
-    tasks = np.unique(mix.task[split])
-    used = Mix(mix.task[~split], mix.use[~split], mix.share[~split]).usage(programme)
-    room = np.maximum(np.abs(programme.limits), mix.magnitude(programme)) + 1e-300
-    for task in tasks:
-        options = mix.use[mix.task == task]
-        at = np.full(options.size, task)
-        charge = programme.weight[task] * np.array(
-            [programme.charge_at(k, at, options) for k in range(len(programme.charges))]
-        ).reshape(-1, options.size)
-        excess = (np.maximum(used[:, None] + charge - programme.limits[:, None], 0.0) / room[:, None]).sum(
-            axis=0
-        )
-        best = np.lexsort((-programme.worth_at(at, options), excess))[0]
-        use[task] = options[best]
+    split = _split_tasks(market, answer)
+    tasks = np.unique(split.task)
+    worth, charges, _ = tables(market.planes.take(tasks), market.rows)
+    weight = np.broadcast_to(market.planes.weight, len(market))[tasks]
+    row = np.searchsorted(tasks, split.task)
+    mass = weight[row] * split.share
+    on = split.use != DEFER
+    limits = market.rows.limits
+    used = answer.usage - charges[:, row[on], split.use[on]] @ mass[on]
+    objective = answer.objective - float(worth[row[on], split.use[on]] @ mass[on])
+    room = _size(market, answer)
+    starts = np.concatenate((np.flatnonzero(np.diff(row, prepend=-1)), [row.size]))
+    given = np.full(tasks.size, DEFER, dtype=np.int64)
+    for at in range(tasks.size):
+        own = slice(starts[at], starts[at + 1])
+        options = split.use[own]
+        served = options != DEFER
+        charge = weight[at] * np.where(served, charges[:, at, options], 0.0)
+        value = weight[at] * np.where(served, worth[at, options], 0.0)
+        if at < tasks.size - GREEDY:
+            # The golden ratio deals shares out evenly, whatever the order of the tasks.
+            best = int(np.searchsorted(np.cumsum(split.share[own]), (at * 0.6180339887498949) % 1.0))
+            best = min(best, options.size - 1)
+        else:
+            excess = (np.maximum(used[:, None] + charge - limits[:, None], 0.0) / room[:, None]).sum(axis=0)
+            best = int(np.lexsort((-value, excess))[0])
+        given[at] = options[best]
         used += charge[:, best]
-    whole = Mix.pure(use)
-    objective = whole.objective(programme)
-    total = float(programme.weight.sum())
-    over = (whole.usage(programme) - programme.limits) / room
+        objective += float(value[best])
+    total = market.weight
+    over = np.where(market.rows.exactly, np.abs(used - limits), used - limits) / room
+    violation = float(np.max(over, initial=0.0))
     return Rounded(
-        use,
-        objective / total,
-        abs(solution.dual - objective) / total,
-        float(np.max(over, initial=0.0)),
-        int(tasks.size),
-    )
+        objective / total, abs(answer.dual - objective) / total, violation, tasks.size, tasks, given
+    )  # fmt: skip
+
+
+def _split_tasks(market: Memory, answer: Answer) -> Mix:
+    """The triples of the tasks that have more than one use."""
+    if len(answer.at) > 1:
+        mix = Mix.of(market, answer)
+    else:
+        among = answer.split.among
+        deferred = 1.0 - np.bincount(
+            np.searchsorted(among, answer.split.task), weights=answer.split.share, minlength=among.size
+        )
+        mix = Mix.merged(
+            np.concatenate((answer.split.task, among)),
+            np.concatenate((answer.split.use, np.full(among.size, DEFER))),
+            np.concatenate((answer.split.share, deferred)),
+        )
+    many = np.unique(mix.task, return_counts=True)
+    keep = np.isin(mix.task, many[0][many[1] > 1])
+    return Mix(mix.task[keep], mix.use[keep], mix.share[keep])
