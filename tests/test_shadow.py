@@ -42,7 +42,8 @@ from walras.market import dual, shadow
 from walras.market.dual import Answer, Split
 from walras.market.envelopes import _plain
 from walras.market.memory import Memory
-from walras.market.shadow import Clearing, discover
+from walras.market.clearing import Clearing
+from walras.market.shadow import discover
 from walras.prices import Constraint, Prices, Scope
 from walras.quantities import Tasks, Uses
 from walras.risk import CVaR, Expectation, MaxMin, risk_of

@@ -16,8 +16,8 @@ from walras.diagnosis.regret import Mean, bootstrap_mean
 from walras.equation import DEFER, net_value, surplus
 from walras.errors import InfeasibleError, NumeraireError
 from walras.estimate.class_means import pooled_class_means
+from walras.market.clearing import Usage, measure_usage
 from walras.market.mix import Mix
-from walras.market.shadow import Usage, measure_usage
 from walras.prices import Prices
 from walras.quantities import BoolArray, IntArray, Labels, Uses
 from walras.risk import FloatArray

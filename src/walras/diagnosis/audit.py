@@ -19,8 +19,8 @@ from walras.diagnosis.regret import Mean, Regret, bootstrap_mean, measure_regret
 from walras.diagnosis.sensitivity import Curve, Scenario, multiplier_intervals, scenarios, surplus_curve
 from walras.equation import DEFER, choose, surplus
 from walras.errors import InfeasibleError
+from walras.market.clearing import Clearing, Usage, measure_usage
 from walras.market.mix import Mix
-from walras.market.shadow import Clearing, Usage, measure_usage
 from walras.quantities import USD
 from walras.records import Log
 from walras.risk import FloatArray

@@ -9,8 +9,9 @@ import numpy as np
 
 from walras.equation import DEFER, surplus
 from walras.errors import RecordError, SettingsError, nearest
+from walras.market.clearing import Clearing, measure_usage
 from walras.market.mix import Mix
-from walras.market.shadow import Clearing, OnPass, discover, measure_usage
+from walras.market.shadow import OnPass, discover
 from walras.prices import Constraint, Scope
 from walras.quantities import USD, BoolArray, IntArray, Labels, Tasks, Uses
 from walras.records import UNKNOWN, Log

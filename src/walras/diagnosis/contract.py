@@ -11,7 +11,7 @@ from walras.diagnosis.audit import Audit
 from walras.diagnosis.case import Case
 from walras.diagnosis.regret import Mean, Row, overdrafts
 from walras.diagnosis.sensitivity import SAMPLE, Scenario
-from walras.market.shadow import Clearing, Usage
+from walras.market.clearing import Clearing, Usage
 from walras.prices import Layer, Scope
 from walras.quantities import USD
 from walras.risk import FloatArray

@@ -12,7 +12,8 @@ import numpy as np
 from walras.diagnosis.case import Case
 from walras.equation import DEFER, choose, net_value
 from walras.errors import InfeasibleError, NumeraireError
-from walras.market.shadow import Clearing, discover
+from walras.market.clearing import Clearing
+from walras.market.shadow import discover
 from walras.prices import Constraint, Scope
 from walras.quantities import USD
 from walras.risk import FloatArray

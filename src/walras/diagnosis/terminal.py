@@ -15,7 +15,7 @@ from walras.diagnosis.contract import LAYERS, declared_price
 from walras.diagnosis.regret import Mean
 from walras.diagnosis.sensitivity import SAMPLE
 from walras.diagnosis.words import count, interval, number, usd
-from walras.market.shadow import Clearing, Usage
+from walras.market.clearing import Clearing, Usage
 
 WIDE = 100
 """Columns of a terminal from which a table shows everything."""

@@ -48,6 +48,8 @@ TIED = 1e-9
 """Relative size of a box in which whatever is left undecided ties."""
 ALIKE = 300_000
 """Tied tasks that are compared with one another."""
+WIDE = 1e-4
+"""Relative size of the first box in which best responses are mixed: wide enough to hold them, small enough for the gap."""
 MAX_STEPS = 60
 MAX_BOXES = 60
 WHOLE = 1_000_000
@@ -65,6 +67,11 @@ class Market(Protocol):
     def defer(self) -> bool: ...
     @property
     def width(self) -> int: ...
+    @property
+    def screens(self) -> bool:
+        """Whether tasks can be told apart one by one; not where groups of them clear inside a pass."""
+        ...
+
     @property
     def weight(self) -> float: ...
     def __len__(self) -> int: ...
@@ -227,6 +234,8 @@ def solve(
         answer = Answer(
             here.mu, here.dual, here.dual, here.usage, here.served, here.usage, ((1.0, here.mu),), Split.none(), 1, 1
         )  # fmt: skip
+    elif not market.screens:
+        answer = _descend(search, market, start, tolerance)
     elif len(market) <= FEW + FEW_A_ROW * k:
         answer = _all_at_once(search, market.gather())
     else:
@@ -363,6 +372,23 @@ def _newton_step(point: _Point, low: FloatArray, high: FloatArray, scale: FloatA
         worst = np.argmax(np.abs(full - clipped) / np.maximum(unit, 1e-300))
         held[on[worst]] = True
     return d
+
+
+def _descend(search: _Search, market: Market, start: FloatArray | None, tolerance: float) -> Answer:
+    """Without screening: down to the minimum, and best responses around it mixed, in boxes that grow until it fits."""
+    mu, _ = _aim(search, market, start)
+    search.passes = 1
+    natural, ceiling = _natural(search)
+    none = Sums.zero(mu.size)
+    best, step = _newton(search, market, none, mu, natural, ceiling, 1e-5)
+    mu, radius = best.mu, np.maximum(64.0 * step, WIDE * np.maximum(np.abs(best.mu), search.yardstick))
+    for _ in range(20):
+        box = _Box(np.maximum(mu - radius, natural), np.minimum(mu + radius, ceiling), market, none)
+        answer, mu = _mix(search, box, mu, tolerance)
+        if answer is not None:
+            return answer
+        radius = 8.0 * radius
+    raise Unstable
 
 
 # --- screen -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,11 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count())
 
 
+def in_threads(work: Callable[[int, int], Any], ranges: list[tuple[int, int]]) -> list[Any]:
+    """`work` on every range, on as many threads as there are cores; results in order."""
+    return list(_pool().map(lambda ends: work(*ends), ranges))
+
+
 @dataclass(frozen=True)
 class Memory:
     """Implements `dual.Market` on planes in this process."""
@@ -78,6 +83,7 @@ class Memory:
     planes: Planes
     rows: Rows
     defer: bool = True
+    screens: ClassVar[bool] = True
     ids: IntArray | None = None
     """Which task of the whole market each one is, (N,); None when this is the whole."""
 
@@ -158,6 +164,10 @@ class Memory:
         """The same market, in this process."""
         return self
 
+    def responses(self, price: FloatArray) -> list[tuple[FloatArray, NDArray[np.int64]]]:
+        """Everybody's uses at `price` as (share (N,), use (N,))."""
+        return [(np.ones(len(self)), self.choices(price))]
+
     def choices(self, price: FloatArray, scale: float = 1.0) -> NDArray[np.int64]:
         """The best response of each task, (N,)."""
         use = np.empty(len(self), dtype=np.int64)
@@ -200,7 +210,7 @@ class Memory:
         if n * self.width * (1 + len(self.planes.amounts)) < WORTH_A_THREAD:
             return [work(0, n)]
         block = min(max(n // BLOCKS, SMALLEST), LARGEST)
-        return list(_pool().map(lambda lo: work(lo, min(n, lo + block)), range(0, n, block)))
+        return in_threads(work, [(lo, min(n, lo + block)) for lo in range(0, n, block)])
 
     def _not_finite(self, task: int) -> QuantityError:
         p = self.planes

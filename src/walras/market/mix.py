@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from walras.equation import DEFER
+from walras.market.blocks import Blocks
 from walras.market.dual import Answer
 from walras.market.memory import Memory
 from walras.quantities import IntArray
@@ -27,20 +28,24 @@ class Mix:
         return cls(np.arange(use.size), use, np.ones(use.size))
 
     @classmethod
-    def of(cls, market: Memory, answer: Answer) -> Mix:
+    def of(cls, market: Memory | Blocks, answer: Answer) -> Mix:
         """The allocation of an answer, spelled out for all N tasks."""
         n = len(market)
-        task, use, share = [], [], []
+        task: list[IntArray] = []
+        use: list[IntArray] = []
+        share: list[FloatArray] = []
         for part, price in answer.at:
-            choices = np.full(n, DEFER) if price is None else market.choices(price)
-            task.append(np.arange(n))
-            use.append(choices)
-            share.append(np.full(n, part))
+            responses = [(np.ones(n), np.full(n, DEFER))] if price is None else market.responses(price)
+            for some, choices in responses:
+                task.append(np.arange(n))
+                use.append(choices)
+                share.append(part * some)
         split = answer.split
         if split.among.size:
             keep = np.ones(n, dtype=np.bool_)
             keep[split.among] = False
-            deferred = 1.0 - np.bincount(split.task, weights=split.share, minlength=n)[split.among]
+            given = np.bincount(split.task, weights=split.share, minlength=n).astype(np.float64)
+            deferred = 1.0 - given[split.among]
             task = [*(t[keep] for t in task), split.task, split.among]
             use = [*(u[keep] for u in use), split.use, np.full(split.among.size, DEFER)]
             share = [*(s[keep] for s in share), split.share, deferred]

@@ -7,8 +7,9 @@ Each request takes its best response at the prices of the moment, and what it as
 
 This is dual sub-gradient descent (Agrawal and Devanur 2014; Balseiro, Lu and Mirrokni 2020, 2023) with AdaGrad's step
 (Duchi, Hazan and Singer 2011) in the row's own unit: w̄ is the mean worth of a request's best use and s̄_k² the mean
-square of what a row is charged, so prices do not depend on units. r_k is what may still be spent per request. The clock
-counts requests and stops at `window`: from then on the market forgets.
+square of what a row is charged, so decisions do not depend on units. r_k is the pace: what is left, less a small
+reserve, per request still to come. The clock counts requests; it stops at `window`, and from then on the market forgets.
+Prices that are given set it forward, to (STEP·trust)², so that they move slowly.
 
 Prices alone keep a budget on average. The guard keeps it always: what does not fit into a hard row is not offered.
 Prices move by what a request *would* have taken, so that a closed guard raises them.
@@ -29,10 +30,10 @@ from walras.market.planes import Planes, Rows
 from walras.quantities import IntArray
 from walras.risk import FloatArray
 
-STEP = 0.15
+STEP = 0.1
 """The first step, as a share of the price at which a row would take all of the mean worth."""
-TRUST = 1000.0
-"""Where the clock starts when prices are given: requests they are thought to rest on."""
+LOOK = 8
+"""Requests that ask for a use before prices first move: one odd charge is no scale."""
 POINTS = 128
 """Most points of the trajectory; a full one keeps every second and goes on at twice the spacing."""
 
@@ -52,8 +53,8 @@ _TALLY = np.dtype(
     [
         ("horizon", np.float64),  # ∞: none
         ("window", np.float64),  # ∞: none
-        ("batch", np.int64),
         ("requests", np.int64),
+        ("asked", np.int64),  # for a use, at the prices
         ("served", np.int64),
         ("guarded", np.int64),
         ("clock", np.float64),
@@ -136,9 +137,9 @@ class OnlineMarket:
         horizon: int | None = None,
         window: int | None = None,
         start: ArrayLike | None = None,
+        trust: int = 300,
         hard: ArrayLike | None = None,
         tolerance: ArrayLike | None = None,
-        batch: int = 1,
     ) -> None:
         """
         Args:
@@ -146,9 +147,10 @@ class OnlineMarket:
             horizon: requests that share the budgets limit·horizon.
             window: requests after which old ones are as good as forgotten. Needed where there is no horizon.
             start: prices to begin with, (K,), such as those of `dual.solve` on a log.
+            trust: requests that it should take to overturn them. The whole horizon suits a log of like days; less is
+                safer against news.
             hard: which rows are guarded, (K,); all of them by default. The others are kept by prices alone.
             tolerance: the guard's, (K,), in each row's unit. By default 0 with a horizon, and limit·window without.
-            batch: requests between two moves of the prices.
 
         Raises:
             QuantityError: a wrong shape, a number that is negative or not finite, neither horizon nor window, or a
@@ -156,7 +158,7 @@ class OnlineMarket:
         """
         limit = _column("limit", limits, None)
         rows = np.zeros(limit.size, dtype=_ROW)
-        for name, count in (("horizon", horizon), ("window", window), ("batch", batch)):
+        for name, count in (("horizon", horizon), ("window", window), ("trust", trust)):
             if count is not None and count < 1:
                 raise QuantityError(f"{name} must be at least 1, not {count}")
         if horizon is None and window is None:
@@ -178,8 +180,7 @@ class OnlineMarket:
         self._rows, self._tally = rows, np.zeros(1, dtype=_TALLY)
         self._tally["horizon"] = np.inf if horizon is None else horizon
         self._tally["window"] = np.inf if window is None else window
-        self._tally["batch"] = batch
-        self._tally["clock"] = 0.0 if start is None else TRUST
+        self._tally["clock"] = 0.0 if start is None else (STEP * trust) ** 2
         self._tally["spacing"] = 1
         self._trail = np.zeros((POINTS, 1 + limit.size))
 
@@ -203,8 +204,8 @@ class OnlineMarket:
         Raises:
             QuantityError: a wrong shape, or an allowed use with a number that is not finite; nothing has changed.
         """
-        own = np.ascontiguousarray(worth, dtype=np.float64)
-        charge = np.ascontiguousarray(charges, dtype=np.float64)
+        own = np.asarray(worth, dtype=np.float64, order="C")
+        charge = np.asarray(charges, dtype=np.float64, order="C")
         if own.ndim != 1 or charge.shape != (len(self), own.size):
             raise QuantityError(
                 f"request {self._tally['requests'][0]}: worth {own.shape} and charges {charge.shape} "
@@ -216,12 +217,13 @@ class OnlineMarket:
             raise _not_finite(int(self._tally["requests"][0]), own > -np.inf, named)
         return use
 
-    def decide_batch(self, planes: Planes, rows: Rows) -> IntArray:
+    def decide_batch(self, planes: Planes, rows: Rows, *, batch: int = 1) -> IntArray:
         """The uses of N requests in order, (N,), as N calls of `decide` would choose them; one pass, nothing copied.
 
         Args:
             planes: C-contiguous and of one float type; others are copied. Every weight is 1.
             rows: what each row charges. Their limits are totals of another market and are not read.
+            batch: requests between two moves of the prices, which also move after the last; 1 is what `decide` does.
 
         Raises:
             QuantityError: as for `decide`, or an "exactly" row; nothing has changed.
@@ -234,6 +236,8 @@ class OnlineMarket:
             )
         if (planes.weight != 1).any():
             raise QuantityError(f"request {np.flatnonzero(planes.weight != 1)[0]} has a weight that is not 1")
+        if batch < 1:
+            raise QuantityError(f"batch must be at least 1, not {batch}")
         columns, rules = _columns(planes), (rows.plane, rows.level, rows.offset, rows.scoped)
         bad = int(_first_bad(columns))
         if bad >= 0:
@@ -241,7 +245,7 @@ class OnlineMarket:
             named = {"quality": quality, **{f"plane {p}": a[bad] for p, a in enumerate(planes.amounts)}}
             raise _not_finite(bad, ~np.isnan(quality), named)
         use = np.empty(len(planes), dtype=np.int64)
-        _decide_all(columns, rules, self._rows, self._tally, self._trail, use)
+        _decide_all(columns, rules, batch, self._rows, self._tally, self._trail, use)
         return use
 
     @property
@@ -319,18 +323,19 @@ def _first_bad(columns: Any) -> int:
     """The first request with a number that is not finite in a use that is allowed, or −1."""
     n_planes, value, quality, amounts, declared, _ = columns
     n, width = quality.shape
+    of_use = np.empty(width)
     for j in range(n):
-        once = value[j] * 0.0
-        for p in range(n_planes):
-            once += declared[p][0 if declared[p].size == 1 else j] * 0.0
-        bad = once != 0.0
+        check = value[j] * 0.0
         for i in range(width):
-            q = quality[j, i]
-            check = q * 0  # NaN where it is not finite
-            for p in range(n_planes):
-                check += amounts[p][j, i] * 0
-            bad |= (check != 0) & ~np.isnan(q)
-        if bad:
+            of_use[i] = quality[j, i] * 0  # NaN where it is not finite
+        for p in range(n_planes):
+            check += declared[p][0 if declared[p].size == 1 else j] * 0.0
+            a = amounts[p]
+            for i in range(width):
+                of_use[i] += a[j, i] * 0
+        for i in range(width):
+            check += 0.0 if np.isnan(quality[j, i]) else of_use[i]
+        if check != 0.0:
             return j
     return -1
 
@@ -349,11 +354,17 @@ def _decide(worth: FloatArray, charge: FloatArray, row: Any, tally: Any, trail: 
             check += worth[i] * 0.0
             for k in range(row.size):
                 check += charge[k, i] * 0.0
-    return _BAD if check != 0.0 else _serve(worth, charge, np.empty(worth.size), row, tally, trail)
+    if check != 0.0:
+        return _BAD
+    use = _serve(worth, charge, np.empty(worth.size), row, tally, trail)
+    _move(row, tally[0])
+    return use
 
 
 @compiled
-def _decide_all(columns: Any, rules: Any, row: Any, tally: Any, trail: FloatArray, use: IntArray) -> None:
+def _decide_all(
+    columns: Any, rules: Any, batch: int, row: Any, tally: Any, trail: FloatArray, use: IntArray
+) -> None:
     """`_serve` for all requests in order; `rules` = (plane, level, offset, scoped)."""
     n_planes, value, quality, amounts, declared, member = columns
     plane, level, offset, scoped = rules
@@ -378,6 +389,8 @@ def _decide_all(columns: Any, rules: Any, row: Any, tally: Any, trail: FloatArra
                 for i in range(width):
                     own[i] = (1.0 if a[j, i] > bar else 0.0) - off
         use[j] = _serve(worth, charge, net, row, tally, trail)
+        if (j + 1) % batch == 0 or j + 1 == n:
+            _move(row, tally[0])
 
 
 @compiled
@@ -439,33 +452,42 @@ def _best_that_fits(net: FloatArray, charge: FloatArray, row: Any) -> int:
 
 @compiled
 def _learn(charge: FloatArray, row: Any, now: Any, asked: int, top: float) -> None:
-    """Move the scales, and after each micro-batch the prices. μ_k ← max(0, μ_k + η_k·excess_k)"""
+    """Note how large worth and charges are, and by how much what was asked for exceeds the pace."""
     now.requests += 1
-    now.clock = min(now.clock + 1.0, now.window)
+    now.asked += asked >= 0
+    now.clock = min(now.clock + (now.asked >= LOOK), now.window)
     age = min(now.requests, now.window)
     now.stake += (top - now.stake) / age
-    move = now.requests % now.batch == 0
     for k in range(row.size):
         own = row[k]
         paid = charge[k, asked] if asked >= 0 else 0.0
         own.square += ((paid - own.limit) ** 2 - own.square) / age
-        own.excess += paid - _pace(own, now)
-        if move:
-            if own.square > 0.0:
-                eta = STEP * now.stake / (own.square * np.sqrt(now.clock))
-                own.price = max(0.0, own.price + eta * own.excess)
-            own.excess = 0.0
+        own.excess += paid - own.limit - _ahead(own, now)
 
 
 @compiled
-def _pace(own: Any, now: Any) -> Any:
-    """What to spend per request from here on: the limit, corrected for what is left; by no more than a usual charge."""
+def _ahead(own: Any, now: Any) -> Any:
+    """How much more than the limit to spend per request from here on, since so much is left.
+
+    A hard row keeps back one standard deviation of what the rest of the horizon may ask for, so that the guard is
+    seldom needed; without a horizon its bucket is kept half full.
+    """
     if now.horizon == np.inf:
-        ahead = (own.room - own.tolerance / 2) / now.window
-    else:
-        ahead = (own.room - own.tolerance) / max(now.horizon - now.requests + 1.0, 1.0) - own.limit
-    usual = np.sqrt(own.square)
-    return own.limit + min(max(ahead, -usual), usual)
+        return (own.room - own.tolerance / 2) / now.window
+    left = max(now.horizon - now.requests + 1.0, 1.0)
+    reserve = np.sqrt(own.square * left) if own.hard else 0.0
+    return (own.room - own.tolerance - reserve) / left - own.limit
+
+
+@compiled
+def _move(row: Any, now: Any) -> None:
+    """μ_k ← max(0, μ_k + η_k·excess_k)"""
+    for k in range(row.size):
+        own = row[k]
+        if now.asked >= LOOK and own.square > 0.0:
+            eta = STEP * now.stake / (own.square * np.sqrt(now.clock))
+            own.price = max(0.0, own.price + eta * own.excess)
+        own.excess = 0.0
 
 
 @compiled

@@ -15,7 +15,7 @@ Nothing here copies a plane that is already in the right form: contiguous, float
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,10 @@ class Rows:
 
     def __len__(self) -> int:
         return int(self.plane.size)
+
+    def first(self, k: int) -> Rows:
+        """The first k rows."""
+        return Rows(*(getattr(self, f.name)[:k] for f in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 
 import numpy as np
 
 from walras.equation import DEFER
 from walras.errors import InfeasibleError, NotCleared
+from walras.market.clearing import Certificate, Clearing, Rounded, Usage, measure_usage
 from walras.market.dual import Answer, Goal, Unbounded, Unstable, solve, tables
 from walras.market.envelopes import (
     MAX_CUTS,
@@ -25,110 +25,19 @@ from walras.market.envelopes import (
     broken_envelopes,
     least_envelope,
     same_envelope,
-    scenario_totals,
 )
+from walras.market.family import Terms, discover_family, family_of
 from walras.market.memory import Memory
 from walras.market.mix import Mix
 from walras.market.planes import planes_of
 from walras.prices import Constraint, Numeraire, Price, Prices
-from walras.quantities import USD, IntArray, Tasks, Uses
+from walras.quantities import USD, Tasks, Uses
 from walras.risk import FloatArray
 
 GAP_TOLERANCE = 1e-6
 """Largest certified gap, relative to |objective| or to 1e-3 of the mean worth at stake, whichever is larger."""
 ROUND_OFF = 1e-9
 """Slack below this share of what a row sums up is round-off: the row binds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """How well the prices are proved. All in USD per task."""
-
-    objective: float
-    """Surplus of the recovered (mixed) allocation at declared prices."""
-    dual: float
-    """Upper bound on what any allocation within the constraints can reach."""
-    gap: float
-    """dual − objective, absolute."""
-    max_violation: float
-    """Largest excess over a bound, relative to the bound; 0 when every constraint is met."""
-    residual: float
-    """[Z-2] residual of the allocation: what tasks lose, on average, against their best response at the prices."""
-    slackness: float
-    """Largest μ_k · |slack_k|: 0 when every price belongs to a constraint that binds [Z-CS]."""
-    scale: float
-    """What the gap is to be compared with where the objective is near 0: mean |worth| at stake."""
-
-    @property
-    def relative_gap(self) -> float:
-        return self.gap / max(abs(self.objective), 1e-3 * self.scale, 1e-300)
-
-
-@dataclass(frozen=True, slots=True)
-class Rounded:
-    """The allocation after every split task was given to one use; USD per task."""
-
-    objective: float
-    gap: float
-    max_violation: float
-    split_tasks: int
-    """How many tasks were split in the mixture."""
-    task: IntArray
-    """The tasks that were split, and what each got."""
-    given: IntArray
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """A constraint, what the allocation takes out of it, in the bound's unit, and its price."""
-
-    constraint: Constraint
-    used: float
-    """In the bound's unit; NaN for an SLA where nobody is served."""
-    multiplier: float
-    service_rate: float
-    """Share of tasks in scope that were served at all: an SLA must not be met by deferring unseen."""
-
-    @property
-    def excess(self) -> float:
-        """How far over the bound, relative to it (absolute where the bound is 0); 0 when within."""
-        over = self.used - self.constraint.bound
-        if self.constraint.exactly:
-            over = abs(over)
-        return max(0.0, over / self.constraint.bound if self.constraint.bound else over)
-
-
-@dataclass(frozen=True)
-class Clearing:
-    """Discovered prices, their certificate, and the allocation they support."""
-
-    prices: Prices
-    certificate: Certificate
-    rounded: Rounded
-    usage: tuple[Usage, ...]
-    passes: int
-    """Passes over all of the data."""
-    seconds: float
-    market: Memory = field(repr=False)
-    answer: Answer = field(repr=False)
-
-    @property
-    def multipliers(self) -> FloatArray:
-        """One per constraint, in the order given, (K,)."""
-        return np.array([p.multiplier for p in self.prices.discovered])
-
-    @cached_property
-    def mix(self) -> Mix:
-        """The allocation, spelled out for every task."""
-        return Mix.of(self.market, self.answer)
-
-    @cached_property
-    def use(self) -> IntArray:
-        """The allocation without mixtures, (N,), `DEFER` where none."""
-        use = np.empty(len(self.market), dtype=np.int64)
-        use[self.mix.task] = self.mix.use
-        use[self.rounded.task] = self.rounded.given
-        return use
 
 
 OnPass = Callable[[int, float], None]
@@ -161,6 +70,11 @@ def discover(
         NumeraireError: `numeraire="compute"` and no budget binds.
         NotCleared: the certificate did not reach `GAP_TOLERANCE`; carries the best one.
     """
+    family = family_of(constraints)
+    if family:
+        return discover_family(
+            tasks, uses, constraints, family, Terms(tuple(declared), numeraire, defer), start, on_pass
+        )
     began = time.perf_counter()
     total = float(tasks.weight.sum())
     report = None if on_pass is None else (lambda number, gap, _mu: on_pass(number, gap / total))
@@ -192,16 +106,24 @@ def discover(
         prices.normalised()  # raises when compute has no price
     usage = _usage(tasks, uses, market, answer, prices, rows)
     certificate = _certificate(market, answer, usage)
+    check_certificate(certificate, passes)
+    rounded = _round(market, answer)
+    return Clearing(
+        prices, certificate, rounded, usage, passes, time.perf_counter() - began, market, answer
+    )  # fmt: skip
+
+
+def check_certificate(certificate: Certificate, passes: int) -> None:
+    """
+    Raises:
+        NotCleared: the gap or a violation is above `GAP_TOLERANCE`.
+    """
     if certificate.relative_gap > GAP_TOLERANCE or certificate.max_violation > GAP_TOLERANCE:
         raise NotCleared(
             f"prices were not certified: gap {certificate.gap:.2e} USD per task, violation "
             f"{certificate.max_violation:.1e} after {passes} passes",
             certificate=certificate,
         )
-    rounded = _round(market, answer)
-    return Clearing(
-        prices, certificate, rounded, usage, passes, time.perf_counter() - began, market, answer
-    )  # fmt: skip
 
 
 def _broken(
@@ -306,7 +228,12 @@ def _zero_slack_prices(market: Memory, answer: Answer) -> Answer:
     """Multipliers of rows with slack set to exactly 0 [Z-CS], and the bound recomputed at what remains."""
     rows, zero = market.rows, np.zeros(len(market.rows))
     slack = (rows.limits - answer.usage > ROUND_OFF * _size(market, answer)) & ~rows.exactly
-    mu = np.where(slack, 0.0, answer.multipliers)
+    # A scope without tasks has no use for a price, such as one it was started from.
+    idle = rows.scoped & ~np.array(
+        [((market.planes.member >> np.uint64(k)) & np.uint64(1)).any() for k in range(zero.size)],
+        dtype=np.bool_,
+    )
+    mu = np.where(slack | idle, 0.0, answer.multipliers)
     if (mu == answer.multipliers).all():
         return answer
     part = market.sums(mu, 1.0, 0.0, zero)
@@ -340,30 +267,6 @@ def _usage(
             used = answer.usage[k] / weight
         out.append(Usage(constraint, float(used), price.multiplier, served / weight))
     return tuple(out)
-
-
-def measure_usage(
-    tasks: Tasks, uses: Uses, constraint: Constraint, mix: Mix, multiplier: float = 0.0
-) -> Usage:
-    """What an allocation takes out of a constraint, in the bound's own unit."""
-    members = constraint.scope.members(tasks)
-    inside = np.ones(len(tasks), dtype=np.bool_) if members is None else members
-    mass = tasks.weight[mix.task] * mix.share * inside[mix.task]
-    everybody = float(tasks.weight[inside].sum()) or 1.0
-    on = mix.use != DEFER
-    served = float(mass[on].sum())
-    if constraint.kind == "portfolio_envelope":
-        assert constraint.measure is not None
-        totals = scenario_totals(tasks, uses, constraint, mix)
-        used = float(constraint.measure.density(totals) @ totals)
-    else:
-        # An SLA's charge is measured against its bound and per served task; add the bound back for people.
-        per_use = constraint.charge(uses)[mix.task[on], mix.use[on]]
-        total = float(np.sum(mass[on] * per_use))
-        sla = constraint.layer == "latency"
-        average = total / served + constraint.bound if served else math.nan
-        used = average if sla else total / everybody
-    return Usage(constraint, used, multiplier, served / everybody)
 
 
 def _certificate(market: Memory, answer: Answer, usage: Sequence[Usage]) -> Certificate:

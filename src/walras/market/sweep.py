@@ -32,6 +32,12 @@ compiled: Any = njit(nogil=True, cache=True, fastmath={"nsz", "contract", "arcp"
 
 
 @compiled
+def inside(member, k, n):
+    """Whether task n is in the scope of row k."""
+    return (member[n if member.size > 1 else 0] >> np.uint64(k)) & np.uint64(1)
+
+
+@compiled
 def _load(to, flat, by_task, by_use, at, m):
     """A tile of a plane, transposed: to (I, m)."""
     width = to.shape[0]
@@ -176,6 +182,20 @@ def _add(sums, mass, first, value, usd, inside, quality, taken, charge, m):
 
 
 @compiled
+def room(columns, n_rows):
+    """What `respond_in` works in: to be made once for many small ranges of tasks."""
+    width, n_planes, number = columns[0], columns[1].shape[0] - 1, columns[3].dtype
+    return (
+        np.empty((8, TILE)),
+        np.empty((3, n_planes, TILE)),
+        np.empty((3, n_rows, TILE)),
+        np.empty((width, TILE), number),
+        np.empty((n_planes, width, TILE), number),
+        np.empty((width, TILE)),
+    )
+
+
+@compiled
 def respond(columns, rows, price, scale, defer, bandwidth, yardstick, lo, hi, sums, curvature, moments):
     """Sum best responses; returns how many tasks have no use at all although they may not defer.
 
@@ -183,13 +203,23 @@ def respond(columns, rows, price, scale, defer, bandwidth, yardstick, lo, hi, su
     such task adds d·dᵀ / (2·bandwidth·Σ…) to `curvature` (K, K), a kernel estimate of the dual's Hessian. `moments`
     (K, K), where it has a size, gets Σ weight²·charge·chargeᵀ: the noise of sums over a sample.
     """
-    width, n_planes, n_rows, stuck = columns[0], columns[1].shape[0] - 1, price.size, 0
-    value, mass, credit, best = np.empty(TILE), np.empty(TILE), np.empty(TILE), np.empty(TILE)
-    first, second, other, stake = np.empty(TILE), np.empty(TILE), np.empty(TILE), np.empty(TILE)
-    usd, w, taken = np.zeros((n_planes, TILE)), np.empty((n_planes, TILE)), np.empty((n_planes, TILE))
-    inside, charge, rival = np.empty((n_rows, TILE)), np.empty((n_rows, TILE)), np.empty((n_rows, TILE))
-    quality = np.empty((width, TILE), columns[3].dtype)
-    amount, v = np.zeros((n_planes, width, TILE), columns[3].dtype), np.empty((width, TILE))
+    space = room(columns, price.size)
+    return respond_in(
+        space, columns, rows, price, scale, defer, bandwidth, yardstick, lo, hi, sums, curvature, moments
+    )
+
+
+@compiled
+def respond_in(
+    space, columns, rows, price, scale, defer, bandwidth, yardstick, lo, hi, sums, curvature, moments
+):
+    """`respond` in a `room` made before."""
+    width, n_rows, stuck = columns[0], price.size, 0
+    lines, by_plane, by_row, quality, amount, v = space
+    value, mass, credit, best = lines[0], lines[1], lines[2], lines[3]
+    first, second, other, stake = lines[4], lines[5], lines[6], lines[7]
+    usd, w, taken = by_plane[0], by_plane[1], by_plane[2]
+    inside, charge, rival = by_row[0], by_row[1], by_row[2]
     for at in range(lo, hi, TILE):
         m = min(TILE, hi - at)
         _load_tile(value, mass, usd, inside, quality, amount, columns, rows, at, m)

@@ -14,7 +14,7 @@ from walras.diagnosis.case import Case
 from walras.diagnosis.html.text import esc, label, small, table
 from walras.diagnosis.regret import Row
 from walras.diagnosis.words import interval, number, percent, usd
-from walras.market.shadow import Usage
+from walras.market.clearing import Usage
 from walras.prices import Scope
 from walras.quantities import USD
 from walras.risk import FloatArray

@@ -22,7 +22,7 @@ from walras.diagnosis.html.text import esc, line, small, summands, table
 from walras.diagnosis.regret import overdrafts
 from walras.diagnosis.sensitivity import SAMPLE
 from walras.diagnosis.words import Format, as_declared, count, interval, number, percent, usd
-from walras.market.shadow import Usage
+from walras.market.clearing import Usage
 from walras.prices import Constraint, Scope
 from walras.quantities import USD
 from walras.risk import FloatArray
