@@ -7,6 +7,7 @@ numéraire · 6 not certified · 7 a result could not be written · 130 interrup
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,9 +22,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 from rich.text import Text
 
 from walras.diagnosis.audit import audit_log, price_log
-from walras.diagnosis.contract import audit_data, prices_data, to_json
-from walras.diagnosis.terminal import audit_screen, prices_screen
+from walras.diagnosis.contract import audit_data, prices_data, shard_prices_data, to_json
+from walras.diagnosis.shard_prices import Engine, is_shards, price_shards, write_shard
+from walras.diagnosis.terminal import audit_screen, prices_screen, shard_prices_screen
 from walras.errors import OutputError, SettingsError, WalrasError, nearest
+from walras.market.gpu import cuda
 from walras.records import COLUMNS, Log, read_log
 from walras.settings import Economy, load_economy, settings_rows
 from walras.simulate.sample import write_sample
@@ -44,6 +47,9 @@ Logs = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print plain data instead of tables")]
 Html = Annotated[Path | None, typer.Option(help="Also write a self-contained HTML report")]
 Seed = Annotated[int, typer.Option(help="Seed of the resampling", min=0)]
+
+SHOWN = 6
+"""Prices in the progress line."""
 
 ECONOMY_OPTIONS: dict[str, Any] = {
     "value": float,
@@ -130,15 +136,60 @@ def audit(logs: Logs, economy: Economy, json: Json = False, html: Html = None, s
 
 @app.command()
 @takes_economy("baseline")
-def prices(logs: Logs, economy: Economy, json: Json = False) -> None:
-    """The price of each constraint, with its certificate; nothing else."""
-    log = _read(logs, economy)
+def prices(
+    logs: Logs,
+    economy: Economy,
+    json: Json = False,
+    engine: Annotated[
+        Engine, typer.Option(help="Where passes run: auto takes memory, or stream where shards do not fit")
+    ] = "auto",
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster of --engine ray; a local one if not given")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Keep the latest prices of shards in this file, and start from them")
+    ] = None,
+) -> None:
+    """The price of each constraint, with its certificate; nothing else. Takes a log, or a market in shards."""
+    _check_engine(logs, engine, ray_address, state)
+    title = f"prices of {_title(logs)}"
     with _steps() as on_step:
-        case, clearing = price_log(log, economy, lambda number, gap: on_step(f"pass {number}, gap {gap:.1e}"))
-    if json:
-        _print(to_json(prices_data(case, clearing)))
-    else:
-        _print(prices_screen(case, clearing, f"prices of {_title(logs)}", out.width))
+
+        def on_pass(number: int, gap: float, mu: Any) -> None:
+            known = f"gap {gap:.1e}" if math.isfinite(gap) else "no bound yet"
+            on_step(f"pass {number}, {known}, prices {' '.join(f'{m:.4g}' for m in mu[:SHOWN])}")
+
+        if is_shards(logs):
+            found = price_shards(
+                logs, economy, engine=engine, ray_address=ray_address, state=state, on_pass=on_pass
+            )
+            _print(to_json(shard_prices_data(found)) if json else shard_prices_screen(found, title))
+            return
+        log = _read(logs, economy)
+        case, clearing = price_log(log, economy, on_pass, xp=cuda() if engine == "gpu" else None)
+    _print(to_json(prices_data(case, clearing)) if json else prices_screen(case, clearing, title, out.width))
+
+
+@app.command()
+def shards(
+    logs: Logs,
+    folder: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the shards, one for each file of the log")
+    ],
+    settings: Annotated[
+        Path | None, typer.Option(help="Settings file, economy.toml: values, columns")
+    ] = None,
+    value: Annotated[float | None, typer.Option(help=Economy.model_fields["value"].description)] = None,
+) -> None:
+    """Turn logs into a market in shards, which `walras prices` can stream or leave on a cluster."""
+    economy = load_economy(settings, {"value": value})
+    _check_folder(folder)
+    for path in logs:
+        to = folder / f"{path.stem}.parquet"
+        with _writing(to):
+            n, models = write_shard(_read([path], economy), economy, to)
+        said = f"{to}: {n:,} tasks × {models} models"
+        err.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -270,6 +321,26 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _check_engine(paths: list[Path], engine: Engine, ray_address: str | None, state: Path | None) -> None:
+    if ray_address is not None and engine != "ray":
+        raise SettingsError("is only for --engine ray", key="--ray-address")
+    if is_shards(paths):
+        return
+    if engine in ("stream", "ray"):
+        raise SettingsError(
+            f"'{engine}' needs a market in shards; `walras shards LOG -o FOLDER` makes them", key="--engine"
+        )
+    if state is not None:
+        raise SettingsError("is only for a market in shards", key="--state")
+
+
+def _check_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be made: {error.strerror or error}") from error
 
 
 def _check_writable(path: Path) -> None:

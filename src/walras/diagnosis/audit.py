@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from walras.equation import DEFER, choose, surplus
 from walras.errors import InfeasibleError
 from walras.market.clearing import Clearing, Usage, measure_usage
 from walras.market.mix import Mix
+from walras.market.shadow import OnPass
 from walras.quantities import USD
 from walras.records import Log
 from walras.risk import FloatArray
@@ -79,11 +81,11 @@ class Audit:
 
 
 def price_log(
-    log: Log, economy: Economy, on_pass: Callable[[int, float], None] | None = None
+    log: Log, economy: Economy, on_pass: OnPass | None = None, *, xp: Any = None
 ) -> tuple[Case, Clearing]:
-    """Prices and certificate only: what `walras prices` prints."""
+    """Prices and certificate only: what `walras prices` prints. `xp`: cupy, to search on a device."""
     case = build_case(log, economy, audited=False)
-    return case, case.clear(on_pass=on_pass)
+    return case, case.clear(on_pass=on_pass, xp=xp)
 
 
 def audit_log(log: Log, economy: Economy, *, seed: int = 0, on_step: OnStep = lambda _: None) -> Audit:

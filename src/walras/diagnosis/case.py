@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,12 @@ class Case:
         return replace(self, tasks=self.tasks.take(rows), uses=self.uses.take(rows), chosen=self.chosen[rows])
 
     def clear(
-        self, *, defer: bool | None = None, start: FloatArray | None = None, on_pass: OnPass | None = None
+        self,
+        *,
+        defer: bool | None = None,
+        start: FloatArray | None = None,
+        on_pass: OnPass | None = None,
+        xp: Any = None,
     ) -> Clearing:
         """Its prices by its own settings; see `market.shadow.discover`."""
         return discover(
@@ -60,6 +66,7 @@ class Case:
             declared=self.economy.declared(),
             start=start,
             on_pass=on_pass,
+            xp=xp,
         )
 
 

@@ -11,6 +11,7 @@ from walras.diagnosis.audit import Audit
 from walras.diagnosis.case import Case
 from walras.diagnosis.regret import Mean, Row, overdrafts
 from walras.diagnosis.sensitivity import SAMPLE, Scenario
+from walras.diagnosis.shard_prices import ShardPrices
 from walras.market.clearing import Clearing, Usage
 from walras.prices import Layer, Scope
 from walras.quantities import USD
@@ -33,6 +34,22 @@ def prices_data(case: Case, clearing: Clearing) -> dict[str, Any]:
         "left_out": case.left_out,
         "synthetic": case.synthetic,
         "notes": list(case.notes),
+    }
+
+
+def shard_prices_data(found: ShardPrices) -> dict[str, Any]:
+    """What `walras prices --json` prints about shards: the same keys as far as they make sense."""
+    return {
+        "n_tasks": found.tasks,
+        "multipliers": {layer: found.prices.multiplier(layer) for layer in LAYERS},
+        "constraints": [_constraint(usage) for usage in found.usage],
+        "certificate": _certificate(found),
+        "price_vector": json.loads(found.prices.to_json()),
+        "engine": found.engine,
+        "passes": found.passes,
+        "steps": found.steps,
+        "seconds": found.seconds,
+        "bytes_per_pass": found.bytes_per_pass,
     }
 
 
@@ -190,7 +207,7 @@ def _constraint(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _certificate(clearing: Clearing) -> dict[str, Any]:
+def _certificate(clearing: Clearing | ShardPrices) -> dict[str, Any]:
     certificate, rounded = clearing.certificate, clearing.rounded
     return {
         "objective": certificate.objective,
@@ -199,7 +216,8 @@ def _certificate(clearing: Clearing) -> dict[str, Any]:
         "max_violation": certificate.max_violation,
         "residual": certificate.residual,
         "slackness": certificate.slackness,
-        "rounded": {
+        "rounded": rounded
+        and {
             "objective": rounded.objective,
             "gap": rounded.gap,
             "max_violation": rounded.max_violation,

@@ -14,6 +14,7 @@ from walras.diagnosis.case import Case
 from walras.diagnosis.contract import LAYERS, declared_price
 from walras.diagnosis.regret import Mean
 from walras.diagnosis.sensitivity import SAMPLE
+from walras.diagnosis.shard_prices import ShardPrices
 from walras.diagnosis.words import count, interval, number, usd
 from walras.market.clearing import Clearing, Usage
 
@@ -245,11 +246,31 @@ def _trust(audit: Audit) -> RenderableType:
     return Text.assemble((head, "bold"), "\n".join(lines))
 
 
-def certificate_line(clearing: Clearing) -> RenderableType:
+def shard_prices_screen(found: ShardPrices, title: str) -> RenderableType:
+    """Prices of a market in shards, and what it took to find them."""
+    size = f"{count(found.tasks, 'tasks')} × {count(found.uses, 'models')}"
+    rows = [
+        (escape(u.constraint.name), number(u.used), f"{u.multiplier:.4g}", _meaning(u)) for u in found.usage
+    ]
+    table = _table("Prices", ("constraint", "best", "price μ", ""), rows)
+    took = f"{count(found.passes, 'passes')} over all of it and {found.steps - found.passes} over parts"
+    if found.bytes_per_pass is not None:
+        took += f", {found.bytes_per_pass:,} bytes a pass"
+    return Group(
+        Text.assemble(("Walras ", "bold"), (title, "bold"), f" · {size}"),
+        table if rows else Text("No constraint declared: nothing is scarce, so every μ is 0."),
+        certificate_line(found),
+        Text(f"Engine {found.engine}: {took}, {found.seconds:.1f} s", style="dim"),
+    )
+
+
+def certificate_line(clearing: Clearing | ShardPrices) -> RenderableType:
     """The certificate in one line."""
     c, r = clearing.certificate, clearing.rounded
     text = f"gap {c.gap:.1g} USD per task, violation {c.max_violation:.1g}"
-    if r.split_tasks:
+    if r is None:
+        text += "; not rounded"
+    elif r.split_tasks:
         text += f"; {count(r.split_tasks, 'split tasks')} rounded: gap {r.gap:.1g}, violation {r.max_violation:.1g}"
     return Text.assemble(("Certificate: ", "bold"), text)
 

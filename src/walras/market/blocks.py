@@ -92,10 +92,6 @@ class Blocks:
     def weight(self) -> float:
         return self.planes.total_weight()
 
-    def stake(self) -> float:
-        """USD that best responses at declared prices are worth."""
-        return self._memory.stake()
-
     def gather(self) -> Memory:
         raise NotImplementedError("groups are cleared inside a pass, so no task can be looked at alone")
 

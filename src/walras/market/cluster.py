@@ -332,13 +332,14 @@ class Crew:
         """
         questions = [pickle.dumps((group, trail, ask, arguments)) for group in range(len(self.job.groups))]
         answers: dict[int, bytes] = {}
-        running: dict[Any, tuple[int, int]] = {}
+        running: dict[Any, tuple[int, int, Any]] = {}
         asked: list[set[int]] = [set() for _ in questions]
         sent, losses = 0, 0
 
         def put(group: int, worker: int) -> None:
             nonlocal sent
-            running[self.workers[worker].answer.remote(questions[group])] = group, worker
+            process = self.workers[worker]
+            running[process.answer.remote(questions[group])] = group, worker, process
             asked[group].add(worker)
             sent += len(questions[group])
 
@@ -354,8 +355,7 @@ class Crew:
                         put(group, min(others, key=lambda w: (self._home.count(w), w)))
                 until = time.monotonic() + self.patience
                 continue
-            group, worker = running.pop(done[0])
-            handle = self.workers[worker]
+            group, worker, process = running.pop(done[0])
             try:
                 answer = self._ray.get(done[0])
             except self._ray.exceptions.RayTaskError:
@@ -364,7 +364,7 @@ class Crew:
                 losses += 1
                 if losses > LOSSES * len(self.workers):
                     raise WalrasError(f"workers are lost again and again: {error}") from error
-                if handle is self.workers[worker]:
+                if process is self.workers[worker]:
                     self.workers[worker] = self._remote.remote(worker, self.job)
                 if group not in answers:
                     put(group, worker)

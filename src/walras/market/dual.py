@@ -48,6 +48,8 @@ TIED = 1e-9
 """Relative size of a box in which whatever is left undecided ties."""
 ALIKE = 300_000
 """Tied tasks that are compared with one another."""
+SOME = 1_000
+"""Tasks looked at for a row that nobody uses at declared prices."""
 WIDE = 1e-4
 """Relative size of the first box in which best responses are mixed: wide enough to hold them, small enough for the gap."""
 MAX_STEPS = 60
@@ -136,6 +138,10 @@ class Answer:
     """Passes over all of the data."""
     steps: int
     """Passes over parts of it, too."""
+    scale: float
+    """USD that best responses are worth at declared prices (by a sample, where there was one)."""
+    near: Memory | None = field(default=None, repr=False)
+    """The tasks of `split.among`, in that order."""
 
 
 class Unbounded(Exception):
@@ -232,7 +238,7 @@ def solve(
     if k == 0:
         here = search.at(market, Sums.zero(0), np.zeros(0), 0.0)
         answer = Answer(
-            here.mu, here.dual, here.dual, here.usage, here.served, here.usage, ((1.0, here.mu),), Split.none(), 1, 1
+            here.mu, here.dual, here.dual, here.usage, here.served, here.usage, ((1.0, here.mu),), Split.none(), 1, 1, abs(here.dual)
         )  # fmt: skip
     elif not market.screens:
         answer = _descend(search, market, start, tolerance)
@@ -248,6 +254,7 @@ def solve(
 
 def _all_at_once(search: _Search, market: Memory) -> Answer:
     low, high = _natural(search)
+    search.scale = abs(search.at(market, Sums.zero(low.size), np.zeros(low.size), 0.0).objective)
     answer, _ = _settle(search, market, _Box(low, high, market, Sums.zero(low.size)), np.inf)
     assert answer is not None  # no finite box, so nothing is beyond it
     return answer
@@ -272,9 +279,13 @@ def _aim(search: _Search, market: Market, start: FloatArray | None) -> tuple[Flo
     free = search.at(sample, none, zero, 0.0, moments=True)
     weight = market.weight
     typical = np.sqrt(np.maximum(np.diag(free.moments), 0.0) * len(sample)) / weight
+    if (typical == 0).any():
+        # Nobody takes any of it as long as nothing has a price; but somebody could.
+        _, charges, _ = tables(sample.sample(min(len(sample), SOME)).gather().planes, search.rows)
+        typical = np.where(typical > 0, typical, np.abs(charges).max(axis=2).mean(axis=1))
     search.scale = abs(free.objective)
     search.size = typical * weight
-    worth = max(search.scale / weight, 1e-300)
+    worth = max(search.scale / weight, float(np.abs(search.goal.fixed) @ typical)) or 1.0
     search.yardstick = np.where(typical > 0, worth / np.maximum(typical, 1e-300), 0.0)
     if start is not None:
         mu = np.where(search.goal.free > 0, start, 0.0)
@@ -503,6 +514,8 @@ def _settle(search: _Search, near: Memory, box: _Box, tolerance: float) -> tuple
         split=alike.split(near.ids, task, use, shares, near.defer),
         passes=search.passes,
         steps=search.steps,
+        scale=search.scale,
+        near=near,
     )
     return (answer if search.close(answer.dual, answer.objective, tolerance) else None), mu
 
@@ -610,6 +623,7 @@ def _mix(search: _Search, box: _Box, mu: FloatArray, tolerance: float) -> tuple[
                 split=Split.none(),
                 passes=search.passes,
                 steps=search.steps,
+                scale=search.scale,
             )
             return answer, mu
         if any(o[3] is not None and (mu == o[3]).all() for o in offers):

@@ -55,7 +55,7 @@ def discover_family(
     family: Sequence[int],
     terms: Terms,
     start: FloatArray | None,
-    on_pass: Callable[[int, float], None] | None,
+    on_pass: Callable[[int, float, FloatArray], None] | None,
 ) -> Clearing:
     """`shadow.discover` for constraints of which those at the positions `family` are one for each tenant."""
     began = time.perf_counter()
@@ -75,7 +75,7 @@ def discover_family(
         planes, rows.first(len(others)), Family(group, int(rows.plane[-1]), bounds * weight), terms.defer
     )
     total = tasks.weight.sum()
-    report = None if on_pass is None else (lambda number, gap, _mu: on_pass(number, gap / total))
+    report = None if on_pass is None else (lambda number, gap, mu: on_pass(number, gap / total, mu))
     try:
         answer = solve(blocks, start=None if start is None else start[others], on_pass=report)
     except GroupUnbounded as stuck:
@@ -175,7 +175,7 @@ def _certificate(blocks: Blocks, answer: Answer, usage: Sequence[Usage]) -> Cert
         max_violation=max((u.excess for u in usage), default=0.0),
         residual=gap,
         slackness=max(idle, default=0.0),
-        scale=blocks.stake() / total,
+        scale=answer.scale / total,
     )
 
 

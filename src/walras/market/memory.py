@@ -155,11 +155,6 @@ class Memory:
             self.defer,
         )
 
-    def stake(self) -> float:
-        """USD that best responses at declared prices are worth: what an error is small or large against."""
-        zero = np.zeros(len(self.rows))
-        return abs(self.sums(zero, 1.0, 0.0, zero).worth)
-
     def gather(self) -> Memory:
         """The same market, in this process."""
         return self

@@ -92,10 +92,11 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class OnlineCertificate:
-    """An estimate, not a proof: what has not arrived yet bounds nothing. With a window, of about the last one.
+    """An estimate, not a proof. With a window, of about the last one.
 
-    `dual` is the mean of max_i(net value) + μ·limit, each at the prices set before the request came. If requests are
-    exchangeable and prices were free, its expectation is at least the best that any policy can reach per request.
+    `dual` is the mean of max_i(net value) + μ·limit, each at the prices set before the request came. Where requests are
+    independent draws of one kind, its expectation is at least the best that any policy can reach per request, and so
+    `gap` is too large rather than too small. Where they drift, it promises nothing.
     """
 
     requests: int
@@ -226,18 +227,13 @@ class OnlineMarket:
             batch: requests between two moves of the prices, which also move after the last; 1 is what `decide` does.
 
         Raises:
-            QuantityError: as for `decide`, or an "exactly" row; nothing has changed.
+            QuantityError: as for `decide`; or a row that is "exactly" or charges no plane; nothing has changed.
         """
         if len(rows) != len(self):
             raise QuantityError(f"{len(rows)} rows for a market of {len(self)}")
-        if rows.exactly.any():
-            raise QuantityError(
-                f"row {np.flatnonzero(rows.exactly)[0]} asks for equality; an online row is 'at most'"
-            )
-        if (planes.weight != 1).any():
-            raise QuantityError(f"request {np.flatnonzero(planes.weight != 1)[0]} has a weight that is not 1")
         if batch < 1:
             raise QuantityError(f"batch must be at least 1, not {batch}")
+        _check(planes, rows)
         columns, rules = _columns(planes), (rows.plane, rows.level, rows.offset, rows.scoped)
         bad = int(_first_bad(columns))
         if bad >= 0:
@@ -293,6 +289,30 @@ def _column(name: str, values: ArrayLike, size: int | None) -> FloatArray:
     if bad.size:
         raise QuantityError(f"{name} of row {bad[0]} must be finite and at least 0, not {column[bad[0]]}")
     return column
+
+
+def _check(planes: Planes, rows: Rows) -> None:
+    """Whether a stream can have these columns and rows: a kernel would read past the end of others."""
+    bad = np.flatnonzero(rows.exactly)
+    if bad.size:
+        raise QuantityError(f"row {bad[0]} asks for equality; an online row is 'at most'")
+    bad = np.flatnonzero((rows.plane < 0) | (rows.plane >= len(planes.amounts)) | ~np.isfinite(rows.offset))
+    if bad.size:
+        raise QuantityError(f"row {bad[0]} charges a plane that is not there, or its offset is not finite")
+    bad = np.flatnonzero(planes.weight != 1)
+    if bad.size:
+        raise QuantityError(f"request {bad[0]} has a weight that is not 1")
+    n, shape = len(planes), planes.quality.shape
+    for p, amount in enumerate(planes.amounts):
+        if amount.shape != shape:
+            raise QuantityError(f"plane {p} is {amount.shape}; quality is {shape}")
+    for name, column in (
+        ("value", planes.value),
+        ("member", planes.member),
+        *(("declared", d) for d in planes.declared),
+    ):
+        if column.shape != (n,) and (name == "value" or column.shape != (1,)):
+            raise QuantityError(f"{name} is {column.shape} for {n} requests")
 
 
 def _not_finite(request: int, allowed: NDArray[np.bool_], named: dict[str, NDArray[Any]]) -> QuantityError:

@@ -15,6 +15,7 @@ files and batches, so how tasks are cut into files changes no digit.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -42,8 +43,9 @@ CHUNK = 1 << 20
 """Rows of a record batch or row group that is written."""
 DECODED = 1 << 17
 """Rows of Parquet that are decoded at a time."""
-STRETCHES = 256
-"""Runs of neighbours that a sample of Arrow shards consists of: every task by itself would cost a page of the disk."""
+RUNS, RUN = 256, 64
+"""Runs of neighbours that a sample of Arrow shards consists of, at most, and tasks in one, at least: every task by itself
+would cost a page of the disk."""
 GROUPS = 16
 """Row groups that a sample of Parquet shards comes from: each is decoded in full."""
 
@@ -178,8 +180,8 @@ class Shards:
         )
 
     def sample(self, n: int) -> Memory:
-        """About n tasks from all over the files, standing for the whole weight: STRETCHES runs of neighbours, or tasks
-        of GROUPS row groups. Where neighbours are alike it is less exact than `Memory.sample`, and the box that is
+        """About n tasks from all over the files, standing for the whole weight: RUNS runs of neighbours, or tasks of
+        GROUPS row groups. Where neighbours are alike it is less exact than `Memory.sample`, and the box that is
         aimed by it may have to be screened again.
 
         Raises:
@@ -189,7 +191,7 @@ class Shards:
         planes, at = self._room(ids.size)(ids.size), 0
         for file, start in zip(self.files, self._starts[:-1], strict=True):
             own = ids[(ids >= start) & (ids < start + len(file))] - start
-            for first, batch in file.batches(self._names, np.unique(file.unit(own))):
+            for first, batch in file.batches(self._names, np.unique(file.unit(own)), sparse=True):
                 here = own[(own >= first) & (own < first + batch.num_rows)] - first
                 self._put(planes, at, self._arrays(file, first, batch), here)
                 at += here.size
@@ -269,7 +271,7 @@ class Shards:
         """The tasks of a sample, ascending."""
         size, rng = len(self), np.random.default_rng(len(self))
         if self.files[0].kind == "Arrow":
-            runs = min(STRETCHES, n)
+            runs = min(RUNS, -(-n // RUN))
             each, apart = n // runs, size / runs
             starts = np.arange(runs) * apart + rng.random(runs) * (apart - each)
             return (starts.astype(np.int64)[:, None] + np.arange(each)).ravel()
@@ -357,12 +359,9 @@ class _File:
                     about, schema = file.metadata, file.schema_arrow
                 sizes = [about.row_group(u).num_rows for u in range(about.num_row_groups)]
             else:
-                with pa.memory_map(str(path)) as source:
-                    schema = pa.ipc.open_file(source).schema
-                    # One column, because the batches of a compressed file are decoded.
-                    only = pa.ipc.IpcReadOptions(included_fields=[0])
-                    reader = pa.ipc.open_file(source, options=only)
-                    sizes = [reader.get_batch(u).num_rows for u in range(reader.num_record_batches)]
+                reader = _arrow(path, mmap.MADV_RANDOM)
+                schema = reader.schema
+                sizes = [reader.get_batch(u).num_rows for u in range(reader.num_record_batches)]
         if not sum(sizes):
             raise RecordError("has no tasks", path=path)
         types = dict(zip(schema.names, schema.types, strict=True))
@@ -373,8 +372,10 @@ class _File:
         found: IntArray = np.searchsorted(np.cumsum(self.sizes), rows, side="right").astype(np.int64)
         return found
 
-    def batches(self, columns: list[str], units: Iterable[int]) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Columns of some units and the number of their first row."""
+    def batches(
+        self, columns: list[str], units: Iterable[int], *, sparse: bool = False
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Columns of some units and the number of their first row; `sparse` if little of them will be looked at."""
         before = np.cumsum(self.sizes) - self.sizes
         with _reading(self.path):
             if self.kind == "Parquet":
@@ -385,21 +386,25 @@ class _File:
                             yield at, batch.select(columns)
                             at += batch.num_rows
                 return
-            known = list(self.types)
-            only = pa.ipc.IpcReadOptions(included_fields=[known.index(c) for c in columns])
             for unit in units:
                 # Mapped anew, so that what was read before no longer counts as this process's memory.
-                with pa.memory_map(str(self.path)) as source:
-                    batch = pa.ipc.open_file(source, options=only).get_batch(int(unit))
-                    yield int(before[unit]), batch.select(columns)
-                del batch
+                reader = _arrow(self.path, mmap.MADV_RANDOM if sparse else mmap.MADV_SEQUENTIAL)
+                yield int(before[unit]), reader.get_batch(int(unit)).select(columns)
+
+
+def _arrow(path: Path, advice: int) -> pa.ipc.RecordBatchFileReader:
+    """Its batches are the file itself (unless compressed): a column that is not touched is not read."""
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.madvise(advice)
+    return pa.ipc.open_file(pa.py_buffer(mapped))
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise RecordError(f"cannot be read: {reason}", path=path) from error
 
