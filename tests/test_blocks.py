@@ -52,7 +52,9 @@ def two_ways(
 
 @pytest.mark.parametrize("single", [False, True])
 @settings(max_examples=40)
-@given(seed=SEEDS, n=st.integers(1, 80), tenants=st.integers(1, 6), ties=st.booleans(), plain=st.integers(0, 2))
+@given(
+    seed=SEEDS, n=st.integers(1, 80), tenants=st.integers(1, 6), ties=st.booleans(), plain=st.integers(0, 2)
+)
 def test_agrees_with_a_row_for_each_tenant(
     single: bool, seed: int, n: int, tenants: int, ties: bool, plain: int
 ) -> None:
@@ -65,10 +67,9 @@ def test_agrees_with_a_row_for_each_tenant(
     assert blocks.certificate.objective == pytest.approx(dense.certificate.objective, abs=scale)
     assert blocks.certificate.dual >= dense.certificate.objective - scale
     assert blocks.certificate.gap <= scale
+    assert blocks.certificate.slackness <= 1e-6 * max(dense.certificate.scale, 1e-3)
     for usage in blocks.usage:
         assert usage.excess <= 1e-6
-        if usage.multiplier > 0 and usage.constraint.scope.tenant:
-            assert usage.used == pytest.approx(usage.constraint.bound, rel=1e-6)
 
 
 @given(seed=SEEDS)

@@ -53,9 +53,10 @@ def test_discover_takes_a_device() -> None:
 
 def test_numbers_that_are_not_finite_are_named() -> None:
     memory, device = both(tight_economy(3, 400))
-    memory.planes.amounts[0][123, 1] = np.inf
+    task, use = np.argwhere(~np.isnan(memory.planes.quality))[123]
+    memory.planes.amounts[0][task, use] = np.inf
     for market in (memory, device):
-        with pytest.raises(QuantityError, match="task 123, use 1 is not finite"):
+        with pytest.raises(QuantityError, match=f"task {task}, use {use} is not finite"):
             market.screen(np.ones(1), np.zeros(1), 1.0)
 
 

@@ -39,10 +39,10 @@ from economies import (
 from walras.equation import DEFER, choose, equimarginal_residual, net_value
 from walras.errors import InfeasibleError, NotCleared, NumeraireError, QuantityError
 from walras.market import dual, shadow
+from walras.market.clearing import Clearing, Rounded, round_off
 from walras.market.dual import Answer, Split
 from walras.market.envelopes import _plain
 from walras.market.memory import Memory
-from walras.market.clearing import Clearing
 from walras.market.shadow import discover
 from walras.prices import Constraint, Prices, Scope
 from walras.quantities import Tasks, Uses
@@ -199,11 +199,19 @@ def split_in_two(charge: list[list[float]], limit: float) -> tuple[Memory, Answe
     two = _plain(np.array([[3.0, 2.0], [3.0, 2.0]]), [np.array(charge)], [limit], np.ones(2))
     split = Split(np.arange(2), np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1]), np.full(4, 0.5))
     used = np.array([np.sum(charge) / 2])
-    return two, Answer(np.ones(1), 5.0, 5.0, used, np.full(1, 2.0), used, ((1.0, np.ones(1)),), split, 1, 1)
+    return two, Answer(
+        np.ones(1), 5.0, 5.0, used, np.full(1, 2.0), used, ((1.0, np.ones(1)),), split, 1, 1, 5.0
+    )
+
+
+def round_split(market: Memory, answer: Answer) -> Rounded:
+    rounded = round_off(market.rows, market.weight, answer, market)
+    assert rounded is not None
+    return rounded
 
 
 def test_rounding_takes_the_best_that_fits_and_counts_what_it_took() -> None:
-    rounded = shadow._round(*split_in_two([[1.0, 0.0], [1.0, 0.0]], 1.0))
+    rounded = round_split(*split_in_two([[1.0, 0.0], [1.0, 0.0]], 1.0))
     assert rounded.given.tolist() == [0, 1]
     assert (rounded.objective, rounded.gap) == (2.5, 0.0)
     assert rounded.max_violation == 0.0
@@ -211,7 +219,7 @@ def test_rounding_takes_the_best_that_fits_and_counts_what_it_took() -> None:
 
 
 def test_rounding_overshoots_least_where_nothing_fits() -> None:
-    rounded = shadow._round(*split_in_two([[4.0, 2.0], [4.0, 2.0]], 3.0))
+    rounded = round_split(*split_in_two([[4.0, 2.0], [4.0, 2.0]], 3.0))
     assert rounded.given.tolist() == [1, 1]
     assert rounded.gap == 0.5
     assert rounded.max_violation == pytest.approx((4.0 - 3.0) / 6.0)  # of the 6 units that the mixture takes
@@ -250,7 +258,7 @@ def test_any_start_ends_at_the_same_answer(path: str, economy: Economy, mu: floa
 def test_each_pass_reports_how_far_there_is_to_go(path: str) -> None:
     economy = tight_economy(3)
     seen: list[tuple[int, float]] = []
-    clearing = cleared(economy, on_pass=lambda number, gap: seen.append((number, gap)))
+    clearing = cleared(economy, on_pass=lambda number, gap, mu: seen.append((number, gap)))
     assert all(a < b for (a, _), (b, _) in pairwise(seen))
     assert clearing.passes <= len(seen)
     assert seen[-1][1] == pytest.approx(0.0, abs=EXACT * economy.scale)

@@ -71,6 +71,8 @@ class Blocks:
     screens: bool = False
     last: Cleared | None = field(default=None, repr=False)
     """Of the latest pass: where the next one starts."""
+    _cleared: dict[bytes, Cleared] = field(default_factory=dict, repr=False)
+    """Of every pass, by its prices."""
 
     def __post_init__(self) -> None:
         self.order = np.argsort(self.family.group, kind="stable")
@@ -131,26 +133,26 @@ class Blocks:
         if stuck.size:
             raise GroupUnbounded(int(stuck[0]), float(out["usage"][stuck[0]]))
         self.last = Cleared(**out)
+        self._cleared[price.tobytes()] = self.last
         return sum(parts, Sums.zero(k))
 
     def responses(self, price: FloatArray) -> list[tuple[FloatArray, IntArray]]:
-        """Everybody's uses at `price`, in the market's order, as (share (N,), use (N,)): what groups want just below
-        their own prices, and just above."""
-        zero = np.zeros(price.size)
-        self.sums(price, 1.0, 0.0, zero)
-        assert self.last is not None
-        group = self.family.group
-        share = np.append(self.last.share, 1.0)[group]
-        below = self._picked(price, self.last.low)
+        """Everybody's uses at `price`, which a pass has been made at, in the market's order, as (share (N,), use (N,)):
+        what groups want just below their own prices, and just above."""
+        cleared, group = self.at(price), self.family.group
+        share = np.append(cleared.share, 1.0)[group]
+        below = self._picked(price, cleared.low)
         if (share == 1.0).all():
             return [(share, below)]
-        return [(share, below), (1.0 - share, self._picked(price, self.last.high))]
+        return [(share, below), (1.0 - share, self._picked(price, cleared.high))]
 
     def within_limits(self, price: FloatArray) -> IntArray:
         """One use for each task, (N,), such that every group is within its limit."""
-        self.responses(price)
-        assert self.last is not None
-        return self._picked(price, self.last.high)
+        return self._picked(price, self.at(price).high)
+
+    def at(self, price: FloatArray) -> Cleared:
+        """How groups cleared in the pass at `price`."""
+        return self._cleared[price.tobytes()]
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
@@ -178,13 +180,17 @@ class Blocks:
         return [(int(a), int(b)) for a, b in pairwise(edges)]
 
     def _picked(self, price: FloatArray, own: FloatArray) -> IntArray:
-        """Best responses when each group pays `own` (G,) besides, in the market's order."""
-        p, plane = self.planes, self.family.plane
-        paid = np.append(own, 0.0)[self.family.group[self.order]]
-        declared = tuple(usd + paid if j == plane else usd for j, usd in enumerate(p.declared))
-        dearer = Planes(p.value, p.quality, p.amounts, declared, p.weight, p.member)
+        """Best responses when each group pays `own` (G,) besides, in the market's order: by the code that cleared it, so
+        that what ties, ties."""
         use = np.empty(len(self), dtype=np.int64)
-        use[self.order] = Memory(dearer, self.rows, self.defer).choices(price)
+
+        def chunk(first: int, end: int) -> None:
+            columns = self._memory._columns
+            _pick(
+                columns, self._with_family, self.starts, price, self.defer, first, end, own, self.order, use
+            )
+
+        in_threads(chunk, self._chunks)
         return use
 
 
@@ -418,3 +424,19 @@ def _clear(
                 curvature[i, j] += hessian[i, j]
                 if follows:
                     curvature[i, j] -= hessian[i, k] * hessian[k, j] / hessian[k, k]
+
+
+@sweep.compiled
+def _pick(columns, rows, starts, price, defer, first_group, end, own, order, use):
+    """What the tasks of the groups first_group − 1 … end − 2 choose when their group pays own[g], into use[order]."""
+    width, most = columns[0], 0
+    for at in range(first_group, end):
+        most = max(most, starts[at + 1] - starts[at])
+    u, b = np.empty((width, most)), np.empty((width, most))
+    best, paid, first = np.empty(most), np.empty(most), np.empty(most)
+    for at in range(first_group, end):
+        lo, n = starts[at], starts[at + 1] - starts[at]
+        _before(u, b, columns, rows, price, 1.0, lo, n, rows[0][price.size])
+        _choose(best, paid, first, u, b, own[at - 1] if at > 0 else 0.0, defer, n)
+        for j in range(n):
+            use[order[lo + j]] = int(first[j])

@@ -260,7 +260,7 @@ class Cluster(Part):
 
         Args:
             paths: shards, as workers see them; see `Shards`, also for the other arguments.
-            workers: how many processes, at most one for each shard.
+            workers: how many processes, at most one for each shard. Each uses all cores of its machine.
             address: of a Ray cluster; None starts Ray on this machine.
             patience: seconds into a pass after which a worker's shards are given to another one as well.
 
@@ -310,7 +310,7 @@ class Crew:
         self.uses: tuple[str, ...] = ()
         self.sizes: IntArray = np.zeros(0, dtype=np.int64)
         self._ray, self._started = _connect(address, len(job.groups))
-        self._remote = self._ray.remote(num_cpus=1)(worker)
+        self._remote = self._ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(worker)
         self.workers = [self._remote.remote(number, job) for number in range(len(job.groups))]
         self._home = list(range(len(job.groups)))
 

@@ -89,11 +89,9 @@ def discover_family(
         ) from None
     except Unstable:
         raise NotCleared("no box of prices was found that holds the answer", certificate=None) from None
-    blocks.sums(answer.multipliers, 1.0, 0.0, answer.multipliers)
-    assert blocks.last is not None
     multipliers = np.zeros(len(constraints))
     multipliers[others] = answer.multipliers
-    multipliers[list(family)] = blocks.last.price
+    multipliers[list(family)] = blocks.at(answer.multipliers).price
     mix = Mix.of(blocks, answer)
     usage = _usage(tasks, uses, constraints, family, multipliers, group, mix)
     certificate = _certificate(blocks, answer, usage)

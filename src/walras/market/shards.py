@@ -134,9 +134,8 @@ class Shards:
                 weight = _array(batch.column(0))
                 bad = np.flatnonzero(~(np.isfinite(weight) & (weight >= 0)))
                 if bad.size:
-                    raise RecordError(
-                        f"is {weight[bad[0]]}", path=file.path, row=at + int(bad[0]) + 1, field="weight"
-                    )
+                    row = at + int(bad[0]) + 1
+                    raise RecordError(f"is {weight[bad[0]]}", path=file.path, row=row, field="weight")
                 total += float(weight.sum(dtype=np.float64))
         return total
 
@@ -359,7 +358,7 @@ class _File:
                     about, schema = file.metadata, file.schema_arrow
                 sizes = [about.row_group(u).num_rows for u in range(about.num_row_groups)]
             else:
-                reader = _arrow(path, mmap.MADV_RANDOM)
+                reader = _arrow(path, sparse=True)
                 schema = reader.schema
                 sizes = [reader.get_batch(u).num_rows for u in range(reader.num_record_batches)]
         if not sum(sizes):
@@ -388,15 +387,17 @@ class _File:
                 return
             for unit in units:
                 # Mapped anew, so that what was read before no longer counts as this process's memory.
-                reader = _arrow(self.path, mmap.MADV_RANDOM if sparse else mmap.MADV_SEQUENTIAL)
+                reader = _arrow(self.path, sparse=sparse)
                 yield int(before[unit]), reader.get_batch(int(unit)).select(columns)
 
 
-def _arrow(path: Path, advice: int) -> pa.ipc.RecordBatchFileReader:
+def _arrow(path: Path, *, sparse: bool) -> pa.ipc.RecordBatchFileReader:
     """Its batches are the file itself (unless compressed): a column that is not touched is not read."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    mapped.madvise(advice)
+    if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
+        # Otherwise each task of a sample brings megabytes of its neighbours from the disk.
+        mapped.madvise(mmap.MADV_RANDOM if sparse else mmap.MADV_SEQUENTIAL)
     return pa.ipc.open_file(pa.py_buffer(mapped))
 
 
