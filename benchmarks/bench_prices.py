@@ -134,6 +134,11 @@ def gap(answer: Answer) -> float:
     return (answer.dual - answer.objective) / abs(answer.objective)
 
 
+def excess(of: Memory, answer: Answer) -> float:
+    """By how much a row is exceeded at most, relative to what it sums up."""
+    return max(float(((answer.usage - of.rows.limits) / answer.size).max()), 0.0)
+
+
 def tiny(share: float) -> str:
     return "< 1e-15" if abs(share) < 1e-15 else f"{abs(share):.0e}"
 
@@ -236,7 +241,7 @@ def dual_at(of: Memory, prices: list[float]) -> float:
     return here.worth + float(mu @ (of.rows.limits - here.usage))
 
 
-def peer_table(sizes: list[int], seeds: int, found: dict[str, float]) -> list[str]:
+def peer_table(sizes: list[int], seeds: int, found: dict[str, Any]) -> list[str]:
     lines = [
         "| tasks | solver | seconds | certified gap | rows exceeded by | takes × `solve` | takes × `discover` |",
         "| ---: | :--- | ---: | ---: | ---: | ---: | ---: |",
@@ -265,7 +270,7 @@ def peer_table(sizes: list[int], seeds: int, found: dict[str, float]) -> list[st
                     | {"solve": theirs["seconds"] / ours[0], "discover": theirs["seconds"] / ours[1]}
                 )
             c = cleared.certificate
-            runs["solve"][-1] |= {"gap": gap(answer), "excess": c.max_violation}
+            runs["solve"][-1] |= {"gap": gap(answer), "excess": excess(m, answer)}
             runs["discover"][-1] |= {"gap": c.relative_gap, "excess": c.max_violation}
         titles = {"solve": "Walras, `solve`", "discover": "Walras, `discover`"} | peers
         for key, title in titles.items():
@@ -278,7 +283,7 @@ def peer_table(sizes: list[int], seeds: int, found: dict[str, float]) -> list[st
             )
             print(lines[-1], flush=True)
             if key in peers and n == sizes[-1]:
-                found[key] = float(np.median([r["solve"] for r in own]))
+                found[key] = [r["solve"] for r in own]
             found["gap"] = max(found.get("gap", 0.0), worst["gap"] if key == "solve" else 0.0)
     if left_out:
         lines += ["", f"Left out: solvers of {' and '.join(left_out)} (`pip install {' '.join(left_out)}`)."]
@@ -342,7 +347,7 @@ def large(n: str, order: str, times: str) -> dict[str, Any]:
     }
 
 
-def large_table(n: int, times: int, found: dict[str, float]) -> list[str]:
+def large_table(n: int, times: int, found: dict[str, Any]) -> list[str]:
     lines = [
         "| columns | start | passes | × one numpy sum | certified gap | memory above the data |",
         "| :--- | :--- | ---: | ---: | ---: | ---: |",
@@ -365,7 +370,7 @@ def large_table(n: int, times: int, found: dict[str, float]) -> list[str]:
 
 
 def growth_table(
-    sizes: list[int], widths: list[int], at: int, times: int, found: dict[str, float]
+    sizes: list[int], widths: list[int], at: int, times: int, found: dict[str, Any]
 ) -> list[str]:
     lines = ["| | seconds at each | exponent |", "| :--- | :--- | ---: |"]
     for what, values, make in (
@@ -384,7 +389,7 @@ def growth_table(
     return lines
 
 
-def rows_table(n: int, counts: list[int], times: int, found: dict[str, float]) -> list[str]:
+def rows_table(n: int, counts: list[int], times: int, found: dict[str, Any]) -> list[str]:
     lines = [
         "| rows | that bind | data, MB | cold, ns per byte | from prices 1% off, ns per byte | passes | certified gap |",
         "| ---: | ---: | ---: | ---: | ---: | :---: | ---: |",
@@ -408,7 +413,7 @@ def rows_table(n: int, counts: list[int], times: int, found: dict[str, float]) -
     return lines
 
 
-def tenants_table(n: int, counts: list[int], times: int, found: dict[str, float]) -> list[str]:
+def tenants_table(n: int, counts: list[int], times: int, found: dict[str, Any]) -> list[str]:
     lines = [
         "| tenants | seconds | passes | certified gap | budgets with a price |",
         "| ---: | ---: | ---: | ---: | ---: |",
@@ -452,15 +457,17 @@ def certificate_table(sizes: list[int], seeds: int) -> list[str]:
 # --- the page ---------------------------------------------------------------------------------------------------
 
 
-def targets(found: dict[str, float], n: int, most: int) -> list[str]:
+def targets(found: dict[str, Any], n: int, most: int) -> list[str]:
     """Each claim beside what was measured."""
     lines = ["| | target | measured | |", "| :--- | ---: | ---: | :--- |"]
 
     def line(what: str, target: str, key: str, digits: str, met: Callable[[float], bool]) -> None:
-        value = found.get(key, np.nan)  # a peer may be left out
-        if not np.isnan(value):
-            shown = f"{value:{digits}}" if digits else tiny(value)
-            lines.append(f"| {what} | {target} | {shown} | {'met' if met(value) else '**not met**'} |")
+        if key not in found:  # a peer may be left out
+            return
+        values = np.atleast_1d(found[key]).tolist()
+        shown = spread(values, digits) if digits else tiny(values[0])
+        verdict = {len(values): "met", 0: "**not met**"}.get(sum(map(met, values)), "within the noise")
+        lines.append(f"| {what} | {target} | {shown} | {verdict} |")
 
     line(f"HiGHS IPM / `solve`, {n:,} tasks", "≥ 1,000", "highs", ",.0f", lambda x: x >= 1000)
     line(
@@ -477,8 +484,8 @@ def targets(found: dict[str, float], n: int, most: int) -> list[str]:
     )
     line("certified gap there", "≤ 1e-6", "large gap", "", lambda x: x <= 1e-6)
     line("memory above the data, at most", "≤ 10%", "large extra", ".1%", lambda x: x <= 0.1)
-    line("exponent in tasks", "≤ 1", "exponent tasks", ".2f", lambda x: x <= 1.05)
-    line("exponent in models", "≤ 1", "exponent models", ".2f", lambda x: x <= 1.05)
+    line("exponent in tasks", "≤ 1 (linear)", "exponent tasks", ".2f", lambda x: x <= 1.05)
+    line("exponent in models", "≤ 1 (linear)", "exponent models", ".2f", lambda x: x <= 1.05)
     line("time per byte, most / least over 1–16 rows, cold", "≤ 2", "rows cold", ".2g", lambda x: x <= 2)
     line("the same, from prices 1% off", "≤ 2", "rows warm", ".2g", lambda x: x <= 2)
     line("time, 32 to 10,000 tenants' budgets", "± 25%", "tenants", ".0%", lambda x: x <= 0.25)
@@ -486,7 +493,7 @@ def targets(found: dict[str, float], n: int, most: int) -> list[str]:
 
 
 def section(quick: bool = False) -> str:
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     sizes, most, at = ([3_000], 300_000, 100_000) if quick else ([10_000, 100_000], 10_000_000, 1_000_000)
     times = 3 if quick else 7
     growing = [10_000, 30_000, 100_000] if quick else [100_000, 300_000, 1_000_000, 3_000_000, 10_000_000]

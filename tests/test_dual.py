@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -409,7 +410,7 @@ def test_the_order_of_tasks_does_not_matter(n: int) -> None:
 
 
 def test_either_layout_and_precision_has_the_same_prices() -> None:
-    rows = dict(kinds=("money", "mean"), scoped=(1,), masked=0.1)
+    rows = {"kinds": ("money", "mean"), "scoped": (1,), "masked": 0.1}
     plain = solve(random_market(9, 5000, 4, **rows))
     turned = solve(random_market(9, 5000, 4, order="F", **rows))
     assert turned.multipliers == pytest.approx(plain.multipliers, rel=1e-12)
@@ -453,7 +454,7 @@ def test_the_more_there_is_the_less_it_costs(path: str, seed: int, defer: bool) 
     for extra in (0.0, 0.1, 0.3, 0.6, 1.0, 100.0):
         limits = market.rows.limits + extra * 10
         prices.append(solve(replace(market, rows=replace(market.rows, limits=limits))).multipliers[0])
-    assert all(a >= b * (1 - 1e-9) for a, b in zip(prices, prices[1:], strict=False))
+    assert all(a >= b * (1 - 1e-9) for a, b in pairwise(prices))
     assert prices[-1] == 0.0
 
 
