@@ -203,6 +203,8 @@ class Uses:
 
 
 def _to_shape(column: NDArray[Any], shape: tuple[int, ...], what: str) -> NDArray[Any]:
+    if column.shape == shape:
+        return column
     try:
         return np.broadcast_to(column, shape)
     except ValueError:

@@ -48,15 +48,17 @@ TIED = 1e-9
 """Relative size of a box in which whatever is left undecided ties."""
 ALIKE = 300_000
 """Tied tasks that are compared with one another."""
+KINDS = 20_000
+"""Tasks that are not alike, at most, in the small programme."""
 SOME = 1_000
 """Tasks looked at for a row that nobody uses at declared prices."""
 WIDE = 1e-4
 """Relative size of the first box in which best responses are mixed: wide enough to hold them, small enough for the gap."""
 MAX_STEPS = 60
 MAX_BOXES = 60
-WHOLE = 1_000_000
+WHOLE = 200_000
 """Uses up to which the whole programme is written down when boxes have failed."""
-FURTHEST = 1e7
+FURTHEST = 1e13
 """Prices this many times what could matter mean that a row cannot be met."""
 
 
@@ -256,7 +258,8 @@ def _all_at_once(search: _Search, market: Memory) -> Answer:
     low, high = _natural(search)
     search.scale = abs(search.at(market, Sums.zero(low.size), np.zeros(low.size), 0.0).objective)
     answer, _ = _settle(search, market, _Box(low, high, market, Sums.zero(low.size)), np.inf)
-    assert answer is not None  # no finite box, so nothing is beyond it
+    if answer is None:
+        raise Unstable
     return answer
 
 
@@ -271,7 +274,7 @@ def _natural(search: _Search) -> tuple[FloatArray, FloatArray]:
 
 def _aim(search: _Search, market: Market, start: FloatArray | None) -> tuple[FloatArray, FloatArray]:
     """Prices near the optimum and how far they may be off, from a sample (or a given start)."""
-    n = int(SAMPLE * np.sqrt(len(market)))
+    n = int(SAMPLE * np.sqrt(len(market))) if start is None else SOME
     sample = market.sample(n) if len(market) > 4 * n else market
     none = Sums.zero(len(search.rows))
     zero = np.zeros(len(search.rows))
@@ -291,11 +294,16 @@ def _aim(search: _Search, market: Market, start: FloatArray | None) -> tuple[Flo
         mu = np.where(search.goal.free > 0, start, 0.0)
         return mu, TRUST * np.maximum(np.abs(mu), 0.1 * search.yardstick)
     low, high = _natural(search)
-    mu = zero
-    if len(sample) > 16 * FEW:
-        first = sample.sample(len(sample) // 8)  # most of the way, at an eighth of the price
-        mu = _newton(search, first, none, mu, low, high, 0.3 / np.sqrt(len(first)))[0].mu
-    best, step = _newton(search, sample, none, mu, low, high, 0.3 / np.sqrt(len(sample)))
+    try:
+        mu = zero
+        if len(sample) > 16 * FEW:
+            first = sample.sample(len(sample) // 8)  # most of the way, at an eighth of the price
+            mu = _newton(search, first, none, mu, low, high, 0.3 / np.sqrt(len(first)))[0].mu
+        best, step = _newton(search, sample, none, mu, low, high, 0.3 / np.sqrt(len(sample)))
+    except Unbounded:
+        # A sample may be unable to meet what everybody can just meet: ask everybody.
+        sample = market
+        best, step = _newton(search, market, none, zero, low, high, 0.3 / np.sqrt(len(market)))
     if sample is market:
         return best.mu, 4.0 * step
     noisy = search.at(sample, none, best.mu, 0.05, moments=True)
@@ -434,6 +442,7 @@ def _narrow(
     few = FEW + FEW_A_ROW * k
     natural, ceiling = _natural(search)
     boxes = [_Box(natural, ceiling, market, Sums.zero(k))]
+    grow, tied = 1.0, False
     smallest = 1e-12 * np.maximum(np.abs(mu), search.yardstick) * search.goal.free
     for _ in range(MAX_BOXES):
         around = boxes[-1]
@@ -450,7 +459,8 @@ def _narrow(
         reach = float(np.max(half / scale))
         if len(near) <= few:
             answer, mu = _settle(search, near.gather(), box, tolerance)
-        elif reach <= TIED:
+        elif reach <= TIED or tied:
+            tied = True
             # Masses of tasks tie: taken together where they are the same, else mixed.
             answer = None
             if len(near) <= ALIKE:
@@ -471,8 +481,11 @@ def _narrow(
                 continue
         if answer is not None:
             return answer
-        # The minimum lies outside: a larger box around where it was last seen.
-        radius = 8.0 * np.maximum(
+        # The minimum lies outside: a larger box around where it was last seen, and larger still every time.
+        if (np.abs(mu) > FURTHEST * search.yardstick)[search.yardstick > 0].any():
+            raise Unbounded
+        grow *= 8.0
+        radius = grow * np.maximum(
             half, 1e-6 * np.maximum(np.abs(mu), 0.1 * search.yardstick) * search.goal.free
         )
         while len(boxes) > 1 and ((mu - half < boxes[-1].low) | (mu + half > boxes[-1].high)).any():
@@ -489,6 +502,8 @@ def _settle(search: _Search, near: Memory, box: _Box, tolerance: float) -> tuple
     """The programme on the tasks of the box, the others being constants: exact, when its prices lie inside."""
     goal, fixed = search.goal, box.fixed
     alike = _Alike.of(near)
+    if alike.first.size > KINDS and np.isfinite(box.high).all():
+        return None, (box.low + box.high) / 2
     worth, charges, inside = tables(near.planes.take(alike.first), near.rows)
     weight = alike.weight
     allowed = np.isfinite(worth)
@@ -499,7 +514,9 @@ def _settle(search: _Search, near: Memory, box: _Box, tolerance: float) -> tuple
     pairs = (np.ones(task.size), (task, np.arange(task.size)))
     one_each: Any = csr_matrix(pairs, shape=(weight.size, task.size))
     room = search.rows.limits - fixed.usage
-    shares, mu = _master(search, box, room, gain, used, one_each, whole=not near.defer)
+    # What is left of an SLA's charge when seconds equal the bound is round-off, not something to be scaled up.
+    least = search.rows.offset * float(weight.max(initial=0.0))
+    shares, mu = _master(search, box, room, gain, used, one_each, whole=not near.defer, least=least)
     if shares is None:
         return None, mu
     here = search.at(near, fixed, mu, 0.0)
@@ -643,10 +660,11 @@ def _master(
     ones: Any,
     *,
     whole: bool,
+    least: FloatArray | float = 0.0,
 ) -> tuple[FloatArray | None, FloatArray]:
     """max gain·share with used·share within `room`, shares ≤ 1 (= 1 if `whole`) by row of `ones`.
 
-    A row may be exceeded at the price at the top of the box and tightened for the one at its bottom, so that no prices
+    `least` (K,) is the size below which a row's coefficients are round-off. A row may be exceeded at the price at the top of the box and tightened for the one at its bottom, so that no prices
     outside can come out. If either is used, the minimum is on the border: no shares, and the prices there.
 
     Raises:
@@ -655,14 +673,17 @@ def _master(
     asked = np.flatnonzero(search.goal.free > 0)
     exactly, low, high = search.rows.exactly[asked], box.low[asked], box.high[asked]
     # Rows and gains are scaled to order one: HiGHS's tolerances are absolute.
-    # What is left of an SLA's charge when seconds equal the bound is round-off, not something to be scaled up.
-    row_scale = np.maximum(np.abs(used[asked]).max(axis=1, initial=0.0), search.rows.offset[asked])
+    row_scale = np.maximum(
+        np.abs(used[asked]).max(axis=1, initial=0.0), np.broadcast_to(least, used.shape[0])[asked]
+    )
     row_scale = np.where(row_scale > 0, row_scale, np.maximum(np.abs(room[asked]), 1.0))
     gain_scale = float(np.abs(gain).max(initial=0.0)) or 1.0
     over, under = np.flatnonzero(np.isfinite(high)), np.flatnonzero((low > 0) | (exactly & np.isfinite(low)))
     eye = np.eye(asked.size)
     matrix = np.column_stack((used[asked] / row_scale[:, None], -eye[:, over], eye[:, under]))
-    cost = np.concatenate((gain, -(high * row_scale)[over], (low * row_scale)[under])) / gain_scale
+    # Exceeding a row must cost more than HiGHS's tolerance, also where the box ends next to 0.
+    dear = np.maximum(high * row_scale / gain_scale, 1e-6)
+    cost = np.concatenate((gain / gain_scale, -dear[over], (low * row_scale)[under] / gain_scale))
     limits, at_most = room[asked] / row_scale, ~exactly
     ones = hstack([ones, csr_matrix((ones.shape[0], over.size + under.size))])
     equal: Any = [csr_matrix(matrix[exactly])] if exactly.any() else []
@@ -686,18 +707,21 @@ def _master(
             raise Unbounded
         return cost, np.zeros(search.goal.free.size)
     answer = linprog(-cost, **programme)
-    if answer.x is None:
+    if answer.status == 4:  # numbers too far apart for the simplex method on its own
+        answer = linprog(-cost, **programme | {"method": "highs", "options": {}})
+    if answer.status == 2 and not over.size:
         raise Unbounded
+    if answer.x is None:
+        raise Unstable
     price = np.zeros(asked.size)
     price[at_most] = -answer.ineqlin.marginals[: at_most.sum()]
     price[exactly] = -answer.eqlin.marginals[: exactly.sum()]
-    price = np.clip(price * gain_scale / row_scale, low, high)
+    price *= gain_scale / row_scale
     mu = np.zeros(search.goal.free.size)
-    mu[asked] = price
-    shares, beyond = np.maximum(answer.x[: gain.size], 0.0), answer.x[gain.size :]
-    return (
-        None if (beyond > 1e-9 * (1 + np.abs(limits[np.concatenate((over, under))]))).any() else shares
-    ), mu
+    mu[asked] = np.clip(price, low, high)
+    shares, slack = np.maximum(answer.x[: gain.size], 0.0), answer.x[gain.size :]
+    size = 1e-9 * (1 + np.abs(limits[np.concatenate((over, under))]))
+    return (None if (slack > size).any() else shares), mu
 
 
 def tables(p: Planes, rows: Rows) -> tuple[FloatArray, FloatArray, FloatArray]:

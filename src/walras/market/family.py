@@ -164,7 +164,8 @@ def _usage(
 def _certificate(blocks: Blocks, answer: Answer, usage: Sequence[Usage]) -> Certificate:
     total = blocks.weight
     # What is idle, at its price: per task of its own scope, so no less than per task of all.
-    idle = [u.multiplier * abs(u.constraint.bound - u.used) for u in usage if u.multiplier > 0]
+    used = [u for u in usage if u.multiplier > 0 and np.isfinite(u.used)]
+    idle = [u.multiplier * abs(u.constraint.bound - u.used) for u in used]
     gap = abs(answer.dual - answer.objective) / total
     return Certificate(
         objective=answer.objective / total,

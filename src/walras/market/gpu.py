@@ -16,6 +16,7 @@ import numpy as np
 
 from walras.errors import SettingsError
 from walras.market.memory import Memory, Sums
+from walras.market.sweep import ROUND_OFF
 from walras.risk import FloatArray
 
 BLOCK = 1 << 20
@@ -111,11 +112,12 @@ class Device(Memory):
             chosen = of_first(charges[k])
             reach = reach + float(radius[k]) * xp.abs(charges[k] - chosen)
             sway = sway + float(radius[k]) * xp.abs(chosen)
-        floor = best - 1e-14 * xp.abs(best)
-        rivals = (net + reach >= floor).sum(axis=0)
+        terms = xp.abs(best) + 2.0 * xp.abs(of_first(scale * worth) - best)
+        floor = best - ROUND_OFF * terms
+        rivals = ((net + reach >= floor) & (reach > 0.0)).any(axis=0)
         if self.defer:
-            rivals = rivals + (sway >= floor)
-        decided = rivals == 1
+            rivals = rivals | ((sway >= floor) & (sway > 0.0))
+        decided = ~rivals & (served | self.defer)
         mass = xp.where(decided & served, own(weight), 0.0)
         gained = xp.where(mass > 0, of_first(xp.where(allowed, worth, 0.0)), 0.0)
         sums = [(mass * gained).sum()]

@@ -121,7 +121,10 @@ class Memory:
                 self._raise_stuck()
             return Sums.of(flat, curvature, second)
 
-        return sum(self._blocks(block), Sums.zero(k) if not moments else _zero_moments(k))
+        total = sum(self._blocks(block), Sums.zero(k) if not moments else _zero_moments(k))
+        if not (np.isfinite(total.worth) and np.isfinite(total.usage).all()):
+            raise self._not_finite(self._first_bad())
+        return total
 
     def screen(self, price: FloatArray, radius: FloatArray, scale: float) -> tuple[Sums, Memory]:
         """Sums over the tasks that choose alike within `radius` of `price`, and the market of the others."""
@@ -137,11 +140,13 @@ class Memory:
             # Copied now, while the block is in the cache.
             return flat, near, self.planes.part(lo, hi).take(near - lo)
 
-        flats, near, parts = zip(*self._blocks(block), strict=True)
-        rows = np.concatenate(near)
+        done = self._blocks(block)
+        sums = Sums.of(np.sum([flat for flat, _, _ in done], axis=0))
+        rows = np.concatenate([near for _, near, _ in done])
         ids = rows if self.ids is None else self.ids[rows]
-        sums = Sums.of(np.sum(flats, axis=0))
-        return sums, Memory(Planes.concatenate(parts), self.rows, self.defer, ids)
+        done.reverse()
+        planes = Planes.concatenate(done.pop()[2] for _ in range(len(done)))
+        return sums, Memory(planes, self.rows, self.defer, ids)
 
     def sample(self, n: int) -> Memory:
         """n tasks, one drawn from each of n equal stretches, standing for the whole weight."""
@@ -149,11 +154,8 @@ class Memory:
         rows = ((np.arange(n) + np.random.default_rng(size).random(n)) * (size / n)).astype(np.int64)
         part = self.planes.take(rows)
         weight = part.weight * (self.planes.total_weight() / part.total_weight())
-        return Memory(
-            Planes(part.value, part.quality, part.amounts, part.declared, weight, part.member),
-            self.rows,
-            self.defer,
-        )
+        planes = Planes(part.value, part.quality, part.amounts, part.declared, weight, part.member)
+        return Memory(planes, self.rows, self.defer, rows if self.ids is None else self.ids[rows])
 
     def gather(self) -> Memory:
         """The same market, in this process."""
@@ -206,6 +208,15 @@ class Memory:
             return [work(0, n)]
         block = min(max(n // BLOCKS, SMALLEST), LARGEST)
         return in_threads(work, [(lo, min(n, lo + block)) for lo in range(0, n, block)])
+
+    def _first_bad(self) -> int:
+        """The first task with an amount that is not finite, of the uses it may be given."""
+        p = self.planes
+        allowed = ~np.isnan(p.quality)
+        bad = ~np.isfinite(p.value)
+        for plane in (p.quality, *p.amounts):
+            bad |= (~np.isfinite(plane) & allowed).any(axis=1)
+        return int(np.argmax(bad))
 
     def _not_finite(self, task: int) -> QuantityError:
         p = self.planes

@@ -14,7 +14,7 @@ Nothing here copies a plane that is already in the right form: contiguous, float
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -116,23 +116,22 @@ class Planes:
         )
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Planes]) -> Planes:
-        """All tasks of all parts, in order."""
-        lengths = [len(p) for p in parts]
+    def concatenate(cls, parts: Iterable[Planes]) -> Planes:
+        """All tasks of all parts, in order. Parts that come from an iterator are not all held beside the whole."""
+        rest, planes = [], []
+        for p in parts:
+            rest.append((len(p), p.value, p.declared, p.weight, p.member))
+            planes.append([p.quality, *p.amounts])
+        lengths, values, declared, weights, members = zip(*rest, strict=True)
 
-        def join(columns: list[NDArray[Any]]) -> NDArray[Any]:
+        def join(columns: Sequence[NDArray[Any]]) -> NDArray[Any]:
             if all(c.size == 1 and c[0] == columns[0][0] for c in columns):
                 return columns[0]
             return np.concatenate([np.broadcast_to(c, n) for c, n in zip(columns, lengths, strict=True)])
 
-        return cls(
-            np.concatenate([p.value for p in parts]),
-            _stack([p.quality for p in parts]),
-            tuple(_stack(list(planes)) for planes in zip(*(p.amounts for p in parts), strict=True)),
-            tuple(join(list(usd)) for usd in zip(*(p.declared for p in parts), strict=True)),
-            join([p.weight for p in parts]),
-            join([p.member for p in parts]),
-        )
+        usd = tuple(join(prices) for prices in zip(*declared, strict=True))
+        quality, *amounts = [_stack([own.pop(0) for own in planes]) for _ in range(len(planes[0]))]
+        return cls(np.concatenate(values), quality, tuple(amounts), usd, join(weights), join(members))
 
     def total_weight(self) -> float:
         return float(self.weight[0]) * len(self) if self.weight.size == 1 else float(self.weight.sum())

@@ -16,7 +16,6 @@ files and batches, so how tasks are cut into files changes no digit.
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -191,7 +190,7 @@ class Shards:
         planes, at = self._room(ids.size)(ids.size), 0
         for file, start in zip(self.files, self._starts[:-1], strict=True):
             own = ids[(ids >= start) & (ids < start + len(file))] - start
-            for first, batch in file.batches(self._names, np.unique(file.unit(own)), "few"):
+            for first, batch in file.batches(self._names, np.unique(file.unit(own)), sparse=True):
                 here = own[(own >= first) & (own < first + batch.num_rows)] - first
                 self._put(planes, at, self._arrays(file, first, batch), here)
                 at += here.size
@@ -229,7 +228,7 @@ class Shards:
         rooms = cycle([self._room(min(size, len(self))) for _ in range(1 + (size < len(self)))])
         at, filled, planes = 0, 0, next(rooms)(min(size, len(self)))
         for file in self.files:
-            for first, batch in file.batches(self._names, range(file.sizes.size), "all"):
+            for first, batch in file.batches(self._names, range(file.sizes.size)):
                 columns, taken = self._arrays(file, first, batch), 0
                 while taken < batch.num_rows:
                     some = min(len(planes) - filled, batch.num_rows - taken)
@@ -359,7 +358,7 @@ class _File:
                     about, schema = file.metadata, file.schema_arrow
                 sizes = [about.row_group(u).num_rows for u in range(about.num_row_groups)]
             else:
-                reader = _arrow(path, sparse=True)
+                reader = _mapped(path)
                 schema = reader.schema
                 sizes = [reader.get_batch(u).num_rows for u in range(reader.num_record_batches)]
         if not sum(sizes):
@@ -373,9 +372,9 @@ class _File:
         return found
 
     def batches(
-        self, columns: list[str], units: Iterable[int], cells: Literal["all", "some", "few"] = "some"
+        self, columns: list[str], units: Iterable[int], *, sparse: bool = False
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Columns of some units and the number of their first row; `cells`: how many of all will be looked at."""
+        """Columns of some units and the number of their first row; `sparse` if little of them will be looked at."""
         before = np.cumsum(self.sizes) - self.sizes
         with _reading(self.path):
             if self.kind == "Parquet":
@@ -386,23 +385,21 @@ class _File:
                             yield at, batch.select(columns)
                             at += batch.num_rows
                 return
-            with self.path.open("rb") as file:
-                each = self.path.stat().st_size / len(self)
-                for unit in units:
-                    if cells == "all" and hasattr(os, "posix_fadvise"):  # Linux
-                        # About this unit and the next: as fast as a plain read, which page by page it would not be.
-                        start, size = int(before[unit] * each), int(2 * self.sizes[unit] * each)
-                        os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
-                    # Mapped anew, so that what was read before no longer counts as this process's memory.
-                    reader = _arrow(self.path, sparse=cells == "few")
-                    yield int(before[unit]), reader.get_batch(int(unit)).select(columns)
+            only = pa.ipc.IpcReadOptions(included_fields=[list(self.types).index(c) for c in columns])
+            reader = (
+                _mapped(self.path)
+                if sparse
+                else pa.ipc.open_file(pa.OSFile(str(self.path), "r"), options=only)
+            )
+            for unit in units:
+                yield int(before[unit]), reader.get_batch(int(unit)).select(columns)
 
 
-def _arrow(path: Path, *, sparse: bool) -> pa.ipc.RecordBatchFileReader:
-    """Its batches are the file itself (unless compressed): a column that is not touched is not read."""
+def _mapped(path: Path) -> pa.ipc.RecordBatchFileReader:
+    """Its batches are the file itself (unless it is compressed): what is not touched is not read."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if sparse and hasattr(mmap, "MADV_RANDOM"):  # not on Windows
+    if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
         # Otherwise each task of a sample brings megabytes of its neighbours from the disk.
         mapped.madvise(mmap.MADV_RANDOM)
     return pa.ipc.open_file(pa.py_buffer(mapped))

@@ -26,6 +26,8 @@ from numba import njit
 
 TILE = 256
 """Tasks handled together: all that is known about them stays in a near cache."""
+ROUND_OFF = 1e-14
+"""Of sums of a few terms, relative to the terms."""
 
 compiled: Any = njit(nogil=True, cache=True, fastmath={"nsz", "contract", "arcp", "reassoc"})
 """NaN marks a use that is not allowed, so comparisons must keep their meaning: no `nnan`."""
@@ -236,7 +238,12 @@ def respond_in(
                 for j in range(m):
                     x = own[j]
                     own[j] = -np.inf if first[j] == here else x
-            _best(second, other, v, credit, defer, m)
+            _best(second, other, v, credit, False, m)
+            for j in range(m):
+                x, use, nothing = second[j], other[j], -credit[j]
+                better = defer and first[j] >= 0.0 and nothing > x
+                second[j] = nothing if better else x
+                other[j] = -1.0 if better else use
             _of_use(taken, other, amount, m)
             _charge(rival, taken, other, inside, rows, m)
             _of_use(taken, first, amount, m)
@@ -248,7 +255,7 @@ def respond_in(
                     there[j] = x
                     stake[j] += each * abs(x)
             for j in range(m):
-                if best[j] - second[j] < bandwidth * stake[j] and first[j] != other[j]:
+                if best[j] - second[j] < bandwidth * stake[j]:
                     density = mass[j] / (2.0 * bandwidth * stake[j])
                     for k in range(n_rows):
                         if rival[k, j] != 0.0:
@@ -333,16 +340,24 @@ def screen(columns, rows, price, radius, scale, defer, lo, hi, sums, undecided):
         _charge(charge, taken, first, inside, rows, m)
         _reach(reach, sway, each, chosen, taken, first, charge, inside, amount, rows, radius, m)
         for j in range(m):
-            floor[j] = best[j] - 1e-14 * abs(best[j])
-            # Deferring reaches the chosen use; or, where it is chosen itself, only counts as one.
-            rivals[j] = 1.0 if defer and sway[j] - credit[j] >= floor[j] else 0.0
+            floor[j] = abs(best[j]) + 2.0 * abs(credit[j])
+        for p in range(n_planes):
+            pay, a = w[p], taken[p]
+            for j in range(m):
+                floor[j] += 2.0 * abs(pay[j] * a[j])
+        for j in range(m):
+            # Round-off is as large as the terms, not as what is left of them.
+            floor[j] = best[j] - ROUND_OFF * floor[j]
+            rivals[j] = 1.0 if defer and sway[j] > 0.0 and sway[j] - credit[j] >= floor[j] else 0.0
         for i in range(width):
             own, up = v[i], reach[i]
             for j in range(m):
-                x = own[j] + up[j]  # NaN, which reaches nothing, for a use that is not allowed
-                rivals[j] += 1.0 if x >= floor[j] else 0.0
+                # A use without reach is charged as the chosen one is: its twin, not its rival. NaN, for a use that is not
+                # allowed, reaches nothing.
+                x, far = own[j] + up[j], up[j]
+                rivals[j] += 1.0 if x >= floor[j] and far > 0.0 else 0.0
         for j in range(m):
-            alone, use = rivals[j] == 1.0, first[j]
+            alone, use = rivals[j] == 0.0 and (defer or first[j] >= 0.0), first[j]
             first[j] = use if alone else -1.0
             undecided[count] = at + j
             count += not alone
