@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numba import njit
 
+from page import write_section
 from walras.market.dual import solve
 from walras.market.memory import Memory
 from walras.market.online import OnlineMarket
@@ -395,8 +396,13 @@ def section(*, quick: bool = False) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes only")
-    print("\n" + section(quick=parser.parse_args().quick))
+    parser.add_argument("--quick", action="store_true", help="small sizes only, nothing written")
+    quick = parser.parse_args().quick
+    written = section(quick=quick)
+    if quick:
+        print(written)
+    else:
+        write_section("online", written)
 
 
 if __name__ == "__main__":

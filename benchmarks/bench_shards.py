@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from page import write_section
 from walras.market.cluster import Cluster
 from walras.market.dual import Answer, Market, solve
 from walras.market.memory import Memory, Sums
@@ -318,7 +319,7 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes only")
+    parser.add_argument("--quick", action="store_true", help="small sizes only, nothing written")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -326,7 +327,11 @@ def main() -> None:
         work = {"read": child_read, "solve": child_solve, "cluster": child_cluster}[kind]
         print(json.dumps(work([Path(p) for p in paths], int(n))))
         return
-    print(section(quick=options.quick))
+    written = section(quick=options.quick)
+    if options.quick:
+        print(written)
+    else:
+        write_section("shards", written)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from walras.diagnosis.case import build_case
-from walras.errors import NotCleared, SettingsError
+from walras.errors import SettingsError
 from walras.market.clearing import Certificate, Rounded, Usage, certificate_of, round_off, usage_of
 from walras.market.cluster import Cluster, checkpoint, resume
 from walras.market.dual import Market, Progress, Unbounded, Unstable, solve
@@ -110,10 +110,8 @@ def price_shards(
         report = on_pass if state is None else checkpoint(state, on_pass)
         try:
             answer = solve(market, start=start, on_pass=report)
-        except Unbounded:
+        except (Unbounded, Unstable):
             raise why_infeasible(market, constraints, np.full(len(constraints), weight)) from None
-        except Unstable:
-            raise NotCleared("no box of prices was found that holds the answer", certificate=None) from None
         traffic = [t.sent + t.received for t in cluster.traffic] if engine == "ray" else None
     usage = tuple(usage_of(constraints, answer, np.full(len(constraints), weight)))
     certificate = certificate_of(rows, weight, answer, usage)

@@ -264,14 +264,19 @@ def shard_prices_screen(found: ShardPrices, title: str) -> RenderableType:
     )
 
 
+def _small(error: float) -> str:
+    """An error in one digit; below 1e-12 it is round-off, which differs between processors."""
+    return "0" if error < 1e-12 else f"{error:.1g}"
+
+
 def certificate_line(clearing: Clearing | ShardPrices) -> RenderableType:
     """The certificate in one line."""
     c, r = clearing.certificate, clearing.rounded
-    text = f"gap {c.gap:.1g} USD per task, violation {c.max_violation:.1g}"
+    text = f"gap {_small(c.gap)} USD per task, violation {_small(c.max_violation)}"
     if r is None:
         text += "; not rounded"
     elif r.split_tasks:
-        text += f"; {count(r.split_tasks, 'split tasks')} rounded: gap {r.gap:.1g}, violation {r.max_violation:.1g}"
+        text += f"; {count(r.split_tasks, 'split tasks')} rounded: gap {_small(r.gap)}, violation {_small(r.max_violation)}"
     return Text.assemble(("Certificate: ", "bold"), text)
 
 

@@ -284,7 +284,8 @@ def _aim(search: _Search, market: Market, start: FloatArray | None) -> tuple[Flo
     typical = np.sqrt(np.maximum(np.diag(free.moments), 0.0) * len(sample)) / weight
     if (typical == 0).any():
         # Nobody takes any of it as long as nothing has a price; but somebody could.
-        _, charges, _ = tables(sample.sample(min(len(sample), SOME)).gather().planes, search.rows)
+        some = sample.sample(min(len(sample), SOME)).gather().planes
+        _, charges, _ = tables(some.part(0, min(len(some), SOME)), search.rows)
         typical = np.where(typical > 0, typical, np.abs(charges).max(axis=2).mean(axis=1))
     search.scale = abs(free.objective)
     search.size = typical * weight

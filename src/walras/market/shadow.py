@@ -25,7 +25,7 @@ from walras.market.clearing import (
     size_of,
     usage_of,
 )
-from walras.market.dual import Answer, Goal, Market, Unbounded, Unstable, solve
+from walras.market.dual import Answer, Goal, Market, Progress, Unbounded, Unstable, solve
 from walras.market.envelopes import (
     MAX_CUTS,
     at_their_densities,
@@ -37,7 +37,7 @@ from walras.market.family import Terms, discover_family, family_of
 from walras.market.gpu import Device
 from walras.market.memory import Memory
 from walras.market.mix import Mix
-from walras.market.planes import planes_of
+from walras.market.planes import Rows, planes_of
 from walras.prices import Constraint, Numeraire, Price, Prices
 from walras.quantities import USD, Tasks, Uses
 from walras.risk import FloatArray
@@ -101,10 +101,13 @@ def discover(  # noqa: PLR0913 - what is given, then how to look
             start = np.append(start, np.zeros(len(pieces) - start.size))
         try:
             answer = solve(market, start=start, on_pass=report)
-        except Unbounded:
-            raise _why_infeasible(market, tasks, uses, pieces) from None
-        except Unstable:
-            raise NotCleared("no box of prices was found that holds the answer", certificate=None) from None
+        except (Unbounded, Unstable):
+            unmet = _why_infeasible(market, tasks, uses, pieces)
+            if unmet is not None:
+                raise unmet from None
+            # Bounds that are just met, to the last digit, are missed by round-off.
+            market = replace(market, rows=_with_round_off(market.rows, market.weight))
+            answer = _solve_again(market, report)
         passes, start = passes + answer.passes, answer.multipliers
         broken = _broken(tasks, uses, constraints, market, answer)
         if not broken:
@@ -177,7 +180,10 @@ def first_unmet(market: Market, constraints: Sequence[Constraint], weight: Float
         of_row, free = np.eye(k)[row], np.zeros(k)
         free[met] = 1.0
         for sign in (1.0, -1.0) if rows.exactly[row] else (1.0,):
-            answer = solve(market, goal=Goal(0.0, sign * of_row, free))
+            try:
+                answer = solve(market, goal=Goal(0.0, sign * of_row, free))
+            except (Unbounded, Unstable):
+                return None
             used = float(answer.usage[row])
             room = ROUND_OFF * (abs(used) + abs(rows.limits[row]) + rows.offset[row] * weight[row])
             if sign * (used - rows.limits[row]) > room:
@@ -194,15 +200,27 @@ def why_infeasible(
     return NOT_SO if unmet is None else _infeasible(constraints, unmet)
 
 
-NOT_SO = NotCleared("prices grow without end, although the constraints can be met", certificate=None)
+NOT_SO = NotCleared("no prices were found, and no constraint that cannot be met", certificate=None)
+
+
+def _with_round_off(rows: Rows, weight: float) -> Rows:
+    return replace(rows, limits=rows.limits + ROUND_OFF * (np.abs(rows.limits) + rows.offset * weight))
+
+
+def _solve_again(market: Memory, report: Progress | None) -> Answer:
+    try:
+        return solve(market, on_pass=report)
+    except (Unbounded, Unstable):
+        raise NOT_SO from None
 
 
 def _why_infeasible(
     market: Memory, tasks: Tasks, uses: Uses, constraints: Sequence[Constraint]
-) -> InfeasibleError | NotCleared:
+) -> InfeasibleError | None:
+    """What is to be told; None where every row can be met."""
     unmet = first_unmet(market, constraints, _scope_weights(market))
     if unmet is None:
-        return NOT_SO
+        return None
     envelope = constraints[unmet.row]
     if envelope.kind == "portfolio_envelope":
         # That was the least of one linear piece; with the bound, all pieces of the envelope would move.
