@@ -325,6 +325,11 @@ def test_a_row_may_concern_only_tasks_without_a_near_tie(path: str) -> None:
     check_certificate(economy, cleared(economy), optimum.value)
 
 
+def test_without_tasks_there_is_nothing_to_price() -> None:
+    with pytest.raises(QuantityError, match="no tasks"):
+        discover(Tasks(np.zeros(0)), Uses(("a",), np.zeros((0, 1)), np.zeros((0, 1, 1))), [])
+
+
 def test_an_sla_met_exactly_is_met() -> None:
     """0.1 + 0.2 s is not later than 0.3 s, though the sum of floats is a bit more."""
     uses = Uses(("only",), np.ones((3, 1)), np.ones((3, 1, 1)), seconds=np.full((3, 1), 0.1 + 0.2))

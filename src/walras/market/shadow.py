@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from walras.errors import InfeasibleError, NotCleared
+from walras.errors import InfeasibleError, NotCleared, QuantityError
 from walras.market.clearing import (
     Certificate,
     Clearing,
@@ -76,10 +76,13 @@ def discover(  # noqa: PLR0913 - what is given, then how to look
         xp: cupy, to pass over the data on a device (`gpu.cuda`).
 
     Raises:
+        QuantityError: there are no tasks.
         InfeasibleError: no allocation meets the constraints; names one and the least bound that would do.
         NumeraireError: `numeraire="compute"` and no budget binds.
         NotCleared: the certificate did not reach `GAP_TOLERANCE`; carries the best one.
     """
+    if not len(tasks):
+        raise QuantityError("there are no tasks, so there is nothing to price")
     family = family_of(constraints)
     if family:
         return discover_family(
