@@ -329,11 +329,15 @@ def large(n: str, order: str, times: str) -> dict[str, Any]:
     before, size = resident("VmRSS"), m.planes.nbytes
     answer, extra = peak(lambda: solve(m), before)
     near, moved = solve(m.sample(20_000)).multipliers, 1.01 * answer.multipliers
-    starts = {"cold": None, "sample": near, "moved": moved}
-    peaks = {key: peak(lambda s=start: solve(m, start=s), before) for key, start in starts.items()}
+    starts: dict[str, dict[str, Any]] = {
+        "cold": {},
+        "sample": {"start": near, "trust": 0.05},  # so far off are the prices of 20,000 tasks
+        "moved": {"start": moved},
+    }
+    peaks = {key: peak(lambda s=start: solve(m, **s), before) for key, start in starts.items()}
     peaks["cold"] = answer, extra
     works = [read_once(m), lambda: solve(m.sample(20_000))]
-    works += [lambda s=start: solve(m, start=s) for start in starts.values()]
+    works += [lambda s=start: solve(m, **s) for start in starts.values()]
     read, of_sample, *best = rounds(works, int(times)).min(axis=0)
     return {
         "bytes": size,

@@ -41,7 +41,7 @@ FEW_A_ROW = 16
 CONFIDENCE = 3.0
 """Standard errors of the sample's prices that the first box reaches."""
 TRUST = 0.01
-"""Relative size of the first box around prices that were given."""
+"""Relative size of the first box around prices that were given, unless said otherwise."""
 ROUND_OFF = 1e-12
 """A share below this is none."""
 TIED = 1e-9
@@ -221,6 +221,7 @@ def solve(
     *,
     goal: Goal | None = None,
     start: FloatArray | None = None,
+    trust: float = TRUST,
     tolerance: float = 1e-9,
     on_pass: Progress | None = None,
 ) -> Answer:
@@ -229,6 +230,7 @@ def solve(
     Args:
         goal: surplus by default.
         start: prices of a neighbouring problem, (K,).
+        trust: how far they may be off, relative to themselves. A pass is lost if they are further off.
         tolerance: largest gap relative to |objective|; usually it comes out many digits smaller.
 
     Raises:
@@ -247,7 +249,7 @@ def solve(
     elif len(market) <= FEW + FEW_A_ROW * k:
         answer = _all_at_once(search, market.gather())
     else:
-        mu, radius = _aim(search, market, start)
+        mu, radius = _aim(search, market, start, trust)
         answer = _narrow(search, market, mu, radius, tolerance, on_pass)
     if on_pass:
         on_pass(answer.steps, answer.dual - answer.objective, answer.multipliers)
@@ -272,7 +274,9 @@ def _natural(search: _Search) -> tuple[FloatArray, FloatArray]:
 # --- aim --------------------------------------------------------------------------------------------------------
 
 
-def _aim(search: _Search, market: Market, start: FloatArray | None) -> tuple[FloatArray, FloatArray]:
+def _aim(
+    search: _Search, market: Market, start: FloatArray | None, trust: float = TRUST
+) -> tuple[FloatArray, FloatArray]:
     """Prices near the optimum and how far they may be off, from a sample (or a given start)."""
     n = int(SAMPLE * np.sqrt(len(market))) if start is None else SOME
     sample = market.sample(n) if len(market) > 4 * n else market
@@ -293,7 +297,7 @@ def _aim(search: _Search, market: Market, start: FloatArray | None) -> tuple[Flo
     search.yardstick = np.where(typical > 0, worth / np.maximum(typical, 1e-300), 0.0)
     if start is not None:
         mu = np.where(search.goal.free > 0, start, 0.0)
-        return mu, TRUST * np.maximum(np.abs(mu), 0.1 * search.yardstick)
+        return mu, trust * np.maximum(np.abs(mu), 0.1 * search.yardstick)
     low, high = _natural(search)
     try:
         mu = zero
