@@ -211,8 +211,12 @@ class _Search:
         usage = part.usage + fixed.usage
         objective = goal.worth * (part.worth + fixed.worth) - float(goal.fixed @ usage)
         slope = (limits - usage) * goal.free
+        dual = objective + float(mu @ slope)
+        if self.size.size:
+            # A row that is met to the last digit has no slope, or round-off would drive its price away.
+            slope = np.where(np.abs(slope) <= ROUND_OFF * self.size, 0.0, slope)
         return _Point(
-            mu, objective + float(mu @ slope), slope, part.curvature, objective, usage, part.served + fixed.served, part.moments
+            mu, dual, slope, part.curvature, objective, usage, part.served + fixed.served, part.moments
         )  # fmt: skip
 
 
@@ -357,9 +361,8 @@ def _newton(
         here = search.at(market, fixed, best.mu + step, bandwidth)
         if search.passes:  # everybody is counted: an allocation that can be mixed
             search.columns.append(here)
-        if (np.abs(here.mu[free]) > FURTHEST * search.yardstick[free]).any() and (
-            search.yardstick[free] > 0
-        ).all():
+        known = free & (search.yardstick > 0)
+        if (np.abs(here.mu) > FURTHEST * search.yardstick)[known].any():
             raise Unbounded
         if here.dual < best.dual:
             gained, best, overshot = best.dual - here.dual, here, 0.0
