@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
-from hypothesis import HealthCheck, settings
+# One thread a process, before numpy is imported: small matrices on several threads of a busy machine mostly wait.
+for _library in ("OPENBLAS", "OMP", "MKL"):
+    os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
+
+import pytest  # noqa: E402 - numpy reads the variables above when it is imported
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 # No deadline and no complaint about slow generation: a busy machine must not fail a law. In CI the examples are the
 # same on each run, so that a red build is about the change; elsewhere they are new, so that the search goes on.

@@ -1,12 +1,17 @@
-"""Partially pooled class means: between the overall mean and the class mean, and nearer the one that is known better."""
+"""Partially pooled class means: between the overall mean and the class mean, and nearer the one that is known better.
+
+And their errors, which must tell how far from the truth they are.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
+from walras.estimate.class_means import class_means as with_errors
 from walras.estimate.class_means import pooled_class_means
 
 seeds = st.integers(0, 2**32)
@@ -118,3 +123,84 @@ def test_too_little_to_tell_classes_apart() -> None:
     assert_allclose(one_class, [3])
     one_row_each = pooled_class_means(np.array([1.0, 2.0, 6.0]), np.arange(3), 3)
     assert_allclose(one_row_each, [3, 3, 3])
+
+
+# --- unknown values, unknown classes, errors -------------------------------------------------------------------------
+
+
+@given(seed=seeds, spread=st.sampled_from([0.0, 0.5, 3.0]))
+def test_an_unknown_value_is_as_if_the_row_were_not_there(seed: int, spread: float) -> None:
+    _, values, classes = draw(seed, 5, 40, spread, noise=1.0)
+    hidden = np.random.default_rng(seed).random(values.shape) < 0.4
+    holed = with_errors(np.where(hidden, np.nan, values), classes, 5)
+    for column in range(values.shape[1]):
+        known = ~hidden[:, column]
+        alone = with_errors(values[known][:, [column]], classes[known], 5)
+        assert_allclose(holed.mean[:, [column]], alone.mean, atol=1e-12)
+        assert_allclose(holed.error[:, [column]], alone.error, atol=1e-12)
+
+
+@given(seed=seeds)
+def test_a_row_of_no_class_counts_towards_the_overall_mean_only(seed: int) -> None:
+    _, values, classes = draw(seed, 3, 30, spread=2.0, noise=1.0)
+    nameless = np.random.default_rng(seed).random(classes.size) < 0.3
+    found = with_errors(values, np.where(nameless, -1, classes), 3)
+    assert_allclose(found.mean[-1], values.mean(axis=0))
+    far = values.copy()
+    far[nameless] += 1000.0
+    moved = with_errors(far, np.where(nameless, -1, classes), 3)
+    assert_allclose(moved.mean[-1], values.mean(axis=0) + 1000.0 * nameless.mean())
+
+
+def test_nothing_but_rows_of_no_class() -> None:
+    found = with_errors(np.array([[1.0], [3.0]]), np.array([-1, -1]), 2)
+    assert_allclose(found.mean, 2.0)
+    assert_allclose(found.error, 1.0)
+
+
+def test_a_column_of_which_nothing_is_known_leaves_the_others_alone() -> None:
+    _, values, classes = draw(1, 3, 30, spread=1.0, noise=1.0)
+    holed = values.copy()
+    holed[:, 1] = np.nan
+    found, whole = with_errors(holed, classes, 3), with_errors(values, classes, 3)
+    assert_array_equal(found.mean[:, [0, 2]], whole.mean[:, [0, 2]])
+    assert np.isfinite(found.mean).all()
+    assert np.isfinite(found.error).all()
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 0.3, 1.0, 3.0])
+@pytest.mark.parametrize("rows", [5, 20])
+def test_errors_of_class_means_tell_how_far_off_they_are(spread: float, rows: int) -> None:
+    """95 % intervals over 150 draws of ten classes of unequal size."""
+    inside = []
+    for seed in range(150):
+        true, values, classes = draw(seed, 10, 10 * rows, spread, noise=1.0, columns=4)
+        found = with_errors(values, classes, 10)
+        inside.append(np.abs(found.mean[:-1] - true) <= 1.96 * found.error[:-1])
+    assert 0.90 <= np.mean(inside) <= 0.995
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
+def test_error_of_a_class_never_seen_takes_in_how_classes_differ(spread: float) -> None:
+    inside = []
+    for seed in range(300):
+        true, values, classes = draw(seed, 12, 300, spread, noise=1.0, columns=4)
+        seen = classes < 11
+        found = with_errors(values[seen], classes[seen], 11)
+        inside.append(np.abs(found.mean[-1] - true[11]) <= 1.96 * found.error[-1])
+    assert 0.84 <= np.mean(inside) <= 0.98  # ten classes tell little of how classes differ
+
+
+@given(seed=seeds, spread=st.sampled_from([0.0, 1.0]))
+def test_errors_are_finite_and_in_the_units_of_the_values(seed: int, spread: float) -> None:
+    _, values, classes = draw(seed, 4, 30, spread, noise=1.0)
+    one, ten = with_errors(values, classes, 4), with_errors(5.0 + 10.0 * values, classes, 4)
+    assert (one.error > 0).all()
+    assert_allclose(ten.error, 10.0 * one.error, rtol=1e-6)
+    assert (one.error[-1] >= 0.99 * np.sqrt(values.var(axis=0) / len(values))).all()
+
+
+def test_what_never_varies_has_no_error() -> None:
+    found = with_errors(np.full((20, 2), 0.7), np.arange(20) % 3, 3)
+    assert_allclose(found.mean, 0.7)
+    assert_allclose(found.error, 0.0, atol=1e-12)

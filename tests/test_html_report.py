@@ -373,7 +373,7 @@ def test_the_answer_comes_first(limited: Audit) -> None:
     words = page(limited).words
     mean, total = limited.regret.overall.mean, float(limited.regret.per_task.sum())
     assert f"Today’s choices lost {usd(mean)} per task, {usd(total)} over 300 tasks." in words
-    assert "synthetic log" in words[:200]
+    assert "SYNTHETIC LOG" in words[:200]
     headings = [
         "What each limit is worth",
         "The changes worth most",

@@ -138,9 +138,10 @@ def test_dictionary_encoded_and_narrow_columns(samples: dict[str, Path], tmp_pat
 
 ROW = {
     "request_id": "r1", "model": "m", "quality": 0.5, "cost_usd": 0.25, "latency_s": 2.0, "risk": 0.125,
-    "irreversible_risk": 0.0625, "risk_scenarios": [0.0, 0.25], "chosen": True, "propensity": 0.75,
-    "value_usd": 3.0, "tenant": "t", "class": "c", "time_s": 9.0, "input_tokens": 10.0,
-    "cached_input_tokens": 4.0, "output_tokens": 5.0, "reasoning_tokens": 1.0,
+    "irreversible_risk": 0.0625, "loss_usd": 0.5, "risk_scenarios": [0.0, 0.25], "chosen": True,
+    "propensity": 0.75, "value_usd": 3.0, "tenant": "t", "class": "c", "prompt": "p", "embedding": [0.5, -1.0],
+    "time_s": 9.0, "input_tokens": 10.0, "cached_input_tokens": 4.0, "output_tokens": 5.0,
+    "reasoning_tokens": 1.0,
 }  # fmt: skip
 
 
@@ -170,7 +171,7 @@ def test_the_schema_name_wins_over_an_alias(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_any_column_can_be_mapped(tmp_path: Path, name: str, suffix: str) -> None:
     # The old name stays, with something else in it: a mapping must win over the schema's own name.
-    decoy = {"r1": "no", "m": "no", "t": "no", "c": "no", True: False}.get(ROW[name], ROW[name]) if (
+    decoy = {"r1": "no", "m": "no", "t": "no", "c": "no", "p": "no", True: False}.get(ROW[name], ROW[name]) if (
         not isinstance(ROW[name], list)
     ) else [1.0, 1.0]  # fmt: skip
     row = {**ROW, name: decoy, "mine": ROW[name]}
@@ -189,6 +190,172 @@ def test_extra_columns_are_amounts_per_use(tmp_path: Path) -> None:
     log = read_log([path], extra=["gpu_s", "input_tokens"])
     np.testing.assert_array_equal(log.per_use["gpu_s"], [[7, np.nan], [np.nan, 9]])
     np.testing.assert_array_equal(log.per_use["input_tokens"], [[3, 4], [np.nan, 5]])
+
+
+# --- prompts, vectors, facts, and what else is asked for ----------------------------------------------------------------
+
+
+def told(k: int, **more: Any) -> list[dict[str, Any]]:
+    """Both models' rows of request `k`."""
+    row = {"request_id": f"r{k}", "quality": 1.0, "cost_usd": 0.5, **more}
+    return [{**row, "model": model} for model in ("a", "b")]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".jsonl":
+        return write_jsonl(path, rows)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def read_texts(*paths: Path) -> Log:
+    return read_log(paths, also=("prompt", "embedding"))
+
+
+def test_nothing_more_is_read_than_was_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", told(1, prompt="p", embedding=[1.0], loss_usd=2.0, language="es"))
+    log = read_log([path])
+    assert (log.prompts, log.embeddings, log.facts) == (None, None, {})
+    assert set(log.per_use) == {"quality", "cost_usd"}
+    log = read_log([path], also=("prompt", "embedding", "loss_usd"), facts=("language",))
+    assert log.prompts == ("p",)
+    assert log.embeddings is not None
+    assert log.embeddings.tolist() == [[1.0]]
+    assert log.per_use["loss_usd"].tolist() == [[2.0, 2.0]]
+    assert log.facts["language"].names == ("es",)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_prompts_stay_with_their_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """Rows come in any order, in small batches, and some requests are without a text."""
+    texts = [None if k % 7 == 3 else f"text {k} " * (1 + k % 5) for k in range(200)]
+    rows = [row for k, text in enumerate(texts) for row in told(k, prompt=text, embedding=text and [k, 0.5])]
+    mixed = [rows[k] for k in np.random.default_rng(0).permutation(len(rows))]
+    monkeypatch.setattr(read, "BATCH_ROWS", 11)
+    monkeypatch.setattr(read, "BATCH_BYTES", 2_000)
+    log = read_texts(write(tmp_path / f"a{suffix}", mixed))
+    assert len(log) == 200
+    assert log.prompts is not None
+    assert log.embeddings is not None
+    for name, prompt, vector in zip(log.ids, log.prompts, log.embeddings, strict=True):
+        k = int(name[1:])
+        assert prompt == texts[k]
+        np.testing.assert_array_equal(vector, [np.nan, np.nan] if texts[k] is None else [k, 0.5])
+    turned = log.take(np.arange(200)[::-1], np.array([1]))
+    assert turned.prompts == log.prompts[::-1]
+
+
+@pytest.mark.parametrize("bare", [0, 1, 2])
+def test_a_file_without_prompts_among_others(tmp_path: Path, bare: int) -> None:
+    """The requests of one file have no text; nobody else's moves up into its place."""
+    files = []
+    for f in range(3):
+        rows = [
+            r
+            for k in range(3)
+            for r in told(10 * f + k, **({} if f == bare else {"prompt": f"text {f} {k}"}))
+        ]
+        files.append(write(tmp_path / f"{f}.parquet", rows))
+    log = read_texts(*files)
+    texts = [None if f == bare else f"text {f} {k}" for f in range(3) for k in range(3)]
+    assert log.prompts == tuple(texts)
+    assert log.embeddings is None
+
+
+def test_one_row_of_a_request_may_hold_its_text(tmp_path: Path) -> None:
+    """Gateways log the prompt once: on the row of the model that was used, or in the file of one model."""
+    first, second = told(1)
+    late = write(tmp_path / "late.jsonl", [first, {**second, "prompt": "p", "embedding": [1, 2]}, *told(2)])
+    log = read_texts(late)
+    assert log.prompts == ("p", None)
+    assert log.embeddings is not None
+    np.testing.assert_array_equal(log.embeddings, [[1, 2], [np.nan, np.nan]])
+    files = [
+        write(tmp_path / "a.parquet", [first]),
+        write(tmp_path / "b.parquet", [{**second, "prompt": "p"}]),
+    ]
+    assert read_texts(*files).prompts == ("p",)
+
+
+def test_prompts_nobody_filled_are_no_prompts(tmp_path: Path) -> None:
+    log = read_texts(write(tmp_path / "a.jsonl", told(1, prompt=None, embedding=None)))
+    assert (log.prompts, log.embeddings) == (None, None)
+    assert read_texts(write(tmp_path / "b.jsonl", told(1, prompt=""))).prompts == ("",)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "says"),
+    [([[1.0, 2.0], [1.0]], "as many numbers as the first, 2"), ([[], []], "at least one")],
+)
+def test_vectors_have_one_length(tmp_path: Path, vectors: list[list[float]], says: str) -> None:
+    rows = [row for k, vector in enumerate(vectors) for row in told(k, embedding=vector)]
+    with pytest.raises(RecordError, match=says):
+        read_texts(write(tmp_path / "a.jsonl", rows))
+
+
+def test_a_vector_may_be_negative_but_not_unknown_in_part(tmp_path: Path) -> None:
+    read_texts(write(tmp_path / "a.jsonl", told(1, embedding=[-1.0])))
+    with pytest.raises(RecordError, match=r"row 3, column 'embedding'"):
+        read_texts(write(tmp_path / "b.parquet", [*told(1, embedding=[0.0]), *told(2, embedding=[np.nan])]))
+
+
+def test_facts_are_text_by_request(tmp_path: Path) -> None:
+    rows = [
+        *told(1, language="es", tries=1),
+        *told(2, language=None, tries=2),
+        *told(3, language="en", tries=1),
+    ]
+    for path in (write(tmp_path / "a.jsonl", rows), write(tmp_path / "a.parquet", rows)):
+        facts = read_log([path], facts=("language", "tries")).facts
+        assert facts["language"].names == ("es", "en")
+        assert facts["language"].codes.tolist() == [0, -1, 1]
+        assert facts["tries"].names == ("1", "2")
+        assert facts["tries"].codes.tolist() == [0, 1, 0]
+        (half,) = (read_log([path], facts=("tries",)).take(np.array([2, 1]), np.array([0])).facts,)
+        assert half["tries"].codes.tolist() == [0, 1]
+
+
+def test_a_fact_nobody_filled_tells_nothing(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "a.csv", "r1,a,1,.1,\nr1,b,1,.1,\n", header=HEADER + ",language")
+    assert read_log([path], facts=("language",)).facts == {}
+
+
+@pytest.mark.parametrize("name", ["request", "model code", "labels", "id", "prompt", "tenant", "class"])
+def test_a_fact_may_have_any_name(tmp_path: Path, name: str) -> None:
+    """Also those that the reader uses itself, or that it reads anyway."""
+    rows = [row for k in range(6) for row in told(k, **{name: f"v{k % 2}"})]
+    log = read_log([write(tmp_path / "a.parquet", rows)], facts=(name,), also=("prompt",))
+    assert len(log) == 6
+    assert log.per_use["quality"].tolist() == [[1.0, 1.0]] * 6
+    found = {"tenant": log.tenant, "class": log.task_class}.get(name) or log.facts[name]
+    assert [found.names[code] for code in found.codes] == ["v0", "v1"] * 3
+
+
+def test_facts_must_agree_within_a_request(tmp_path: Path) -> None:
+    first, second = told(2, language="es")
+    path = write(tmp_path / "a.jsonl", [*told(1, language="es"), first, {**second, "language": "en"}])
+    with pytest.raises(RecordError, match="differs from an earlier row of the same request") as caught:
+        read_log([path], facts=("language",))
+    assert (caught.value.row, caught.value.field) == (4, "language")
+
+
+@pytest.mark.parametrize("name", ["quality", "chosen", "risk_scenarios", "time_s"])
+def test_a_number_is_no_fact(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RecordError, match=f"'{name}': is a column of numbers"):
+        read_log([write(tmp_path / "a.jsonl", [ROW])], facts=(name,))
+
+
+def test_a_fact_that_is_not_there_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", told(1, language="es"))
+    with pytest.raises(RecordError, match=r"no column 'langage' \(did you mean 'language'\?\)"):
+        read_log([path], facts=("langage",))
+
+
+def test_a_mapped_prompt(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", told(1, question="q", prompt="p"))
+    assert read_log([path], names={"prompt": "question"}, also=("prompt",)).prompts == ("q",)
 
 
 # --- what was chosen --------------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ numéraire · 6 not certified · 7 a result could not be written · 130 interrup
 
 from __future__ import annotations
 
+import datetime as dt
 import inspect
+import json as jsonlib
 import math
 import os
 import sys
@@ -16,18 +18,37 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from walras.demand.explore import Greedy, Policy, Softmax, Thompson
+from walras.demand.route import Exploring, ask_of, search
+from walras.demand.route import route as route_requests
+from walras.demand.search import Verifier
 from walras.diagnosis.audit import audit_log, price_log
 from walras.diagnosis.contract import audit_data, prices_data, shard_prices_data, to_json
+from walras.diagnosis.evaluate import evaluate_log
+from walras.diagnosis.routing_report import (
+    drift_data,
+    drift_screen,
+    evaluation_data,
+    evaluation_screen,
+    routing_data,
+    routing_screen,
+)
 from walras.diagnosis.shard_prices import Engine, is_shards, price_shards, write_shard
 from walras.diagnosis.terminal import audit_screen, prices_screen, shard_prices_screen
 from walras.errors import OutputError, SettingsError, WalrasError, nearest
+from walras.estimate.estimates import ALSO, Estimates, Live, fit_estimates
+from walras.estimate.price_table import load_price_table
+from walras.estimate.watch import watch_log
 from walras.market.gpu import cuda
+from walras.prices import Prices
 from walras.records import COLUMNS, Log, read_log
+from walras.records.asks import Asked, read_asks
 from walras.settings import Economy, load_economy, settings_rows
 from walras.simulate.sample import write_sample
 
@@ -192,6 +213,164 @@ def shards(
         err.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
+FactColumns = Annotated[
+    list[str] | None,
+    typer.Option("--fact", help="Further column of text that tells requests apart; repeatable"),
+]
+ClassColumn = Annotated[
+    str | None, typer.Option(help="The log's column that holds the kind of task (same as --map class=COLUMN)")
+]
+
+
+@app.command()
+@takes_economy(*ECONOMY_OPTIONS)
+def fit(
+    logs: Logs,
+    economy: Economy,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the router")],
+    class_column: ClassColumn = None,
+    fact: FactColumns = None,
+    seed: Seed = 0,
+) -> None:
+    """Learn from a log what each model gives and takes on a request, with errors: a router in a folder."""
+    log = _read(
+        logs,
+        _with_class(economy, class_column),
+        losses=True,
+        also=("prompt", "embedding", *ALSO),
+        facts=tuple(fact or ()),
+    )
+    with _steps() as on_step:
+        on_step(f"learning from {len(log):,} requests")
+        estimates = fit_estimates(log, seed=seed)
+    about = {"logs": [p.name for p in logs], "rows": log.rows, "requests": len(log), "seed": seed}
+    about |= {"models": list(log.models), "synthetic": log.synthetic}
+    estimates.save(output, about)
+    said = f"{output}: a router over {len(log.models)} models, learned from {len(log):,} requests"
+    err.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+@takes_economy("value_column", "baseline")
+def route(
+    economy: Economy,
+    router: Annotated[Path, typer.Option(help="Folder that `walras fit` wrote")],
+    prompt: Annotated[str | None, typer.Option(help="One request's text; - reads standard input")] = None,
+    jsonl: Annotated[
+        Path | None,
+        typer.Option(help="Requests, one JSON object a line: prompt or messages, class, tenant, …"),
+    ] = None,
+    task_class: Annotated[str | None, typer.Option("--class", help="Kind of task of --prompt")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Who pays for --prompt")] = None,
+    warm: Annotated[
+        list[str] | None,
+        typer.Option(help="MODEL=TOKENS of --prompt that the model still holds in its prefix cache"),
+    ] = None,
+    prices: Annotated[
+        Path | None, typer.Option(help="Live prices: what `walras prices --json` printed")
+    ] = None,
+    price_table: Annotated[
+        Path | None, typer.Option(help="Token prices (TOML), in place of the ones shipped")
+    ] = None,
+    list_prices: Annotated[
+        bool,
+        typer.Option("--list-prices", help="Charge expected tokens at today's list prices, not as logged"),
+    ] = False,
+    load: Annotated[
+        list[str] | None,
+        typer.Option(help="MODEL=RUNNING[:WAITING], requests at its engine now; repeatable"),
+    ] = None,
+    explore: Annotated[
+        str | None, typer.Option(help="softmax:USD (temperature) or thompson; the best use if not given")
+    ] = None,
+    explore_cap: Annotated[
+        float, typer.Option(help="Most USD of expected regret that exploring may cost a request", min=0)
+    ] = math.inf,
+    explore_floor: Annotated[
+        float, typer.Option(help="Least probability of every open use", min=0, max=1)
+    ] = 0.0,
+    verifier_accuracy: Annotated[
+        float | None,
+        typer.Option(help="Also plan a search: try, verify with this accuracy, escalate", min=0.5, max=1),
+    ] = None,
+    verifier_usd: Annotated[float, typer.Option(help="What one verification costs, USD", min=0)] = 0.0,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Choose a model for each request at the given prices, and say why: V·ΔQ, ΔC, λ·ΔL, ρ·ΔR of every use."""
+    estimates, _ = Estimates.load(router)
+    asked = _asked(prompt, jsonl, task_class, tenant, warm)
+    ask = ask_of(estimates, asked)
+    routing = route_requests(
+        estimates,
+        ask,
+        economy,
+        prices=None if prices is None else _live_prices(prices),
+        live=_live(estimates, price_table, list_prices, load or []),
+        exploring=Exploring(_policy(explore), explore_cap, explore_floor, seed),
+    )
+    plan = None
+    if verifier_accuracy is not None:
+        plan = search(estimates, ask, routing, Verifier.accurate(verifier_accuracy), verifier_usd)
+    title = f"route by {router.name}" + (f" · {len(asked):,} requests" if jsonl else "")
+    _print(to_json(routing_data(routing, plan)) if json else routing_screen(routing, title, plan))
+
+
+@app.command()
+@takes_economy(
+    "budget_usd", "budget_total_usd", "sla_s", "sla_quantile", "risk", "defer", "baseline", "numeraire"
+)
+def evaluate(
+    logs: Logs,
+    economy: Economy,
+    class_column: ClassColumn = None,
+    fact: FactColumns = None,
+    seeds: Annotated[int, typer.Option(help="Random halves to learn from and judge on", min=1)] = 10,
+    json: Json = False,
+    html: Html = None,
+) -> None:
+    """Would a router learned from this log have helped? Fit on one half, judge on the other: regret, calibration."""
+    if html is not None:
+        _check_writable(html)
+    economy = _with_class(economy, class_column)
+    log = _read(logs, economy, also=("prompt", "embedding", "propensity"), facts=tuple(fact or ()))
+    with _steps() as on_step:
+        found = evaluate_log(log, economy, seeds=seeds, on_step=on_step)
+    title = f"evaluation of {_title(logs)}"
+    if html is not None:
+        from walras.diagnosis.html import write_evaluation  # noqa: PLC0415 - plotly takes a second to import
+
+        write_evaluation(found, html, title)
+    if json:
+        _print(to_json(evaluation_data(found)))
+        return
+    _print(evaluation_screen(found, title, seeds))
+    if html is not None:
+        _print(Text(f"Report: {html}", style="green"))
+
+
+@app.command()
+@takes_economy(*ECONOMY_OPTIONS)
+def drift(
+    logs: Logs,
+    economy: Economy,
+    router: Annotated[Path, typer.Option(help="Folder that `walras fit` wrote")],
+    class_column: ClassColumn = None,
+    fact: FactColumns = None,
+    alpha: Annotated[
+        float, typer.Option(help="Probability of any false alarm", min=0.000001, max=0.5)
+    ] = 0.05,
+    json: Json = False,
+) -> None:
+    """Does a router still hold on a newer log? Names the models and classes whose outcomes have changed."""
+    estimates, _ = Estimates.load(router)
+    log = _read(
+        logs, _with_class(economy, class_column), also=("prompt", "embedding"), facts=tuple(fact or ())
+    )
+    found = watch_log(estimates, log, alpha=alpha)
+    _print(to_json(drift_data(found)) if json else drift_screen(found, f"drift of {router.name}"))
+
+
 @app.command()
 def sample(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write: .parquet, .csv or .jsonl")],
@@ -253,7 +432,91 @@ def _mapping(item: str) -> tuple[str, str]:
     return name, column
 
 
-def _read(paths: list[Path], economy: Economy) -> Log:
+def _with_class(economy: Economy, column: str | None) -> Economy:
+    """The settings, with the class read from `column`."""
+    if column is None:
+        return economy
+    return economy.model_copy(update={"columns": {**economy.columns, "class": column}})
+
+
+def _asked(
+    prompt: str | None, jsonl: Path | None, task_class: str | None, tenant: str | None, warm: list[str] | None
+) -> list[Asked]:
+    if (prompt is None) == (jsonl is None):
+        raise SettingsError("give one of the two", key="--prompt or --jsonl")
+    if jsonl is not None:
+        if task_class or tenant or warm:
+            raise SettingsError(
+                "belong to --prompt; in a file each request has its own", key="--class, --tenant, --warm"
+            )
+        return read_asks(jsonl)
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+    cached = dict(_tokens(item) for item in warm or ())
+    return [Asked("prompt", prompt or "", task_class, tenant, cached_tokens=cached or None)]
+
+
+def _tokens(item: str) -> tuple[str, float]:
+    model, equals, tokens = item.rpartition("=")
+    try:
+        count = float(tokens)
+    except ValueError:
+        count = -1.0
+    if not (model and equals and math.isfinite(count) and count >= 0):
+        raise SettingsError(f"'{item}' is not MODEL=TOKENS", key="--warm")
+    return model, count
+
+
+def _live(estimates: Estimates, price_table: Path | None, list_prices: bool, load: list[str]) -> Live:
+    """What is true now: today's prices, and the load of each engine."""
+    counts = np.zeros((2, len(estimates.models)))
+    for item in load:
+        model, _, numbers = item.rpartition("=")
+        parts = numbers.split(":")
+        if not model or len(parts) > 2 or not all(part.isdecimal() for part in parts):
+            raise SettingsError(f"'{item}' is not MODEL=RUNNING[:WAITING]", key="--load")
+        column = estimates.column_of(model)
+        counts[: len(parts), column] = [float(part) for part in parts]
+    running, waiting = counts if load else (None, None)
+    today = dt.datetime.now(dt.UTC).date()
+    return Live(load_price_table(price_table), today, list_prices, running=running, waiting=waiting)
+
+
+def _policy(text: str | None) -> Policy:
+    if text is None:
+        return Greedy()
+    kind, _, temperature = text.partition(":")
+    if kind == "thompson" and not temperature:
+        return Thompson()
+    try:
+        if kind == "softmax":
+            return Softmax(float(temperature))
+    except ValueError:
+        pass
+    raise SettingsError(f"'{text}' is neither softmax:USD nor thompson", key="--explore")
+
+
+def _live_prices(path: Path) -> Prices:
+    """A price vector, bare or as `walras prices --json` prints it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = jsonlib.loads(text)
+    except OSError as error:
+        raise SettingsError(f"cannot be read: {error.strerror}", key=str(path)) from error
+    except ValueError as error:
+        raise SettingsError(f"is not JSON: {error}", key=str(path)) from error
+    vector = data.get("price_vector", data) if isinstance(data, dict) else data
+    return Prices.from_json(jsonlib.dumps(vector))
+
+
+def _read(
+    paths: list[Path],
+    economy: Economy,
+    *,
+    losses: bool = False,
+    also: tuple[str, ...] = (),
+    facts: tuple[str, ...] = (),
+) -> Log:
     names = dict(economy.columns)
     if economy.value_column:
         names["value_usd"] = economy.value_column
@@ -266,7 +529,15 @@ def _read(paths: list[Path], economy: Economy) -> Log:
             advance(max(read - done, 0))
             done = read
 
-        return read_log(paths, names=names, extra=extra, losses=economy.needs_losses, on_rows=on_rows)
+        return read_log(
+            paths,
+            names=names,
+            extra=extra,
+            losses=losses or economy.needs_losses,
+            also=also,
+            facts=facts,
+            on_rows=on_rows,
+        )
 
 
 def _title(paths: list[Path]) -> str:

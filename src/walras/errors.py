@@ -2,6 +2,7 @@
 
     WalrasError            base; carries an exit code for the command line
      ├ RecordError         unreadable input: file, row, field
+     │  └ SupportError     a log that cannot speak for a policy: which action is missing, how much to explore
      ├ SettingsError       economy.toml or an option: which key, what would do
      ├ QuantityError       arrays that cannot be an economy: which column, where
      ├ InfeasibleError     nothing fits: the constraint, the least bound that would
@@ -46,6 +47,14 @@ class RecordError(WalrasError):
         if field is not None:
             where.append(f"column '{field}'")
         super().__init__(_sentence(", ".join(where), problem, hint))
+
+
+class SupportError(RecordError):
+    """The log cannot speak for this policy: it never, or too seldom, took the actions the policy wants."""
+
+    def __init__(self, problem: str, *, action: int, mass: float, hint: str) -> None:
+        self.action, self.mass = action, mass
+        super().__init__(problem, hint=hint)
 
 
 class SettingsError(WalrasError):

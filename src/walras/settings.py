@@ -7,16 +7,17 @@ page docs/settings.md, and the validation.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from walras.errors import SettingsError, nearest
 from walras.prices import Constraint, Numeraire, Scope
-from walras.quantities import USD
-from walras.risk import CVaR, Expectation, MaxMin, RiskMeasure
+from walras.quantities import USD, BoolArray, Labels
+from walras.risk import CVaR, Expectation, FloatArray, MaxMin, RiskMeasure
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -138,6 +139,40 @@ class Economy(Group):
     def declared(self) -> tuple[tuple[str, float], ...]:
         """Declared USD per unit of each resource, money first."""
         return ((USD, 1.0), *((name, r.price_usd) for name, r in self.resources.items()))
+
+    def per_task(
+        self, key: str, default: float, n: int, tenant: Labels | None, task_class: Labels | None
+    ) -> FloatArray:
+        """One declared number per task, (N,): the class's own, else the tenant's, else everybody's."""
+        everybody = getattr(self, key)
+        column = np.full(n, default if everybody is None else everybody)
+        for labels, groups in ((tenant, self.tenants), (task_class, self.classes)):
+            for name, group in groups.items():
+                own = getattr(group, key)
+                if own is not None and labels is not None:
+                    column[labels.equal(name)] = own
+        return column
+
+    def forbidden_models(self) -> list[tuple[str, str, str]]:
+        """(kind of group, its name, model) of each absolute rule."""
+        kinds = (("tenants", self.tenants), ("classes", self.classes))
+        return [
+            (kind, name, m)
+            for kind, groups in kinds
+            for name, g in groups.items()
+            for m in g.forbidden_models
+        ]
+
+    def forbidden(
+        self, models: Sequence[str], n: int, tenant: Labels | None, task_class: Labels | None
+    ) -> BoolArray:
+        """[Z-LEX] uses no price can buy, (N, I)."""
+        mask = np.zeros((n, len(models)), dtype=np.bool_)
+        for kind, name, model in self.forbidden_models():
+            labels = tenant if kind == "tenants" else task_class
+            if labels is not None and model in models:
+                mask[labels.equal(name), models.index(model)] = True
+        return mask
 
     def constraints(self, tasks_in: dict[Scope, float]) -> list[Constraint]:
         """The rows these settings ask for. `tasks_in` gives how many tasks a scope holds (budgets given as sums)."""

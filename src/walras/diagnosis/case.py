@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ def build_case(log: Log, economy: Economy, *, audited: bool = True) -> Case:
     known = known[np.ix_(rows, columns)]
     log = _without_gaps(log.take(rows, columns), known, notes)
     tasks = _tasks(log, economy, notes)
-    uses = _uses(log, economy, known & ~_forbidden(log, economy))
+    uses = _uses(log, economy, known & ~economy.forbidden(log.models, len(log), log.tenant, log.task_class))
     constraints = tuple(economy.constraints(_scope_sizes(tasks, economy)))
     baseline, chosen = "", np.full(len(log), DEFER, dtype=np.int64)
     if audited:
@@ -106,7 +107,7 @@ def build_case(log: Log, economy: Economy, *, audited: bool = True) -> Case:
 
 
 def _check_names(log: Log, economy: Economy) -> None:
-    models = [(f"{kind}.{name}.forbidden_models", m) for kind, name, m in _forbidden_models(economy)]
+    models = [(f"{kind}.{name}.forbidden_models", m) for kind, name, m in economy.forbidden_models()]
     if economy.baseline not in (None, "realised"):
         models.append(("baseline", economy.baseline or ""))
     for key, model in models:
@@ -142,22 +143,6 @@ def _asked_for(economy: Economy) -> set[str]:
         "irreversible_risk": any(g.rho_irr for g in groups),
     }
     return {column for column, wanted in asked.items() if wanted}
-
-
-def _forbidden_models(economy: Economy) -> list[tuple[str, str, str]]:
-    tenants = [("tenants", name, m) for name, t in economy.tenants.items() for m in t.forbidden_models]
-    classes = [("classes", name, m) for name, c in economy.classes.items() for m in c.forbidden_models]
-    return tenants + classes
-
-
-def _forbidden(log: Log, economy: Economy) -> BoolArray:
-    """[Z-LEX] uses no price can buy, (N, I)."""
-    mask = np.zeros((len(log), len(log.models)), dtype=np.bool_)
-    for kind, name, model in _forbidden_models(economy):
-        labels = log.tenant if kind == "tenants" else log.task_class
-        if labels is not None and model in log.models:
-            mask[labels.equal(name), log.models.index(model)] = True
-    return mask
 
 
 # --- which outcomes are known, and which tasks are audited --------------------------------------------------------
@@ -235,7 +220,8 @@ def _with_known_choice(tasks: BoolArray, chosen_known: BoolArray, notes: list[st
 
 def _tasks(log: Log, economy: Economy, notes: list[str]) -> Tasks:
     n = len(log)
-    value = _per_task(log, economy, "value", np.nan)
+    declared_for = partial(economy.per_task, n=n, tenant=log.tenant, task_class=log.task_class)
+    value = declared_for("value", np.nan)
     declared = ~np.isnan(value)
     if log.value is not None and economy.value_column:
         value = np.where(np.isnan(log.value), value, log.value)
@@ -251,25 +237,13 @@ def _tasks(log: Log, economy: Economy, notes: list[str]) -> Tasks:
         raise SettingsError(what, key="value", hint=hint)
     return Tasks(
         value=value,
-        latency_price=_per_task(log, economy, "lambda0", 0.0),
-        risk_price=_per_task(log, economy, "rho0", 1.0),
-        irreversible_price=_per_task(log, economy, "rho_irr", 0.0),
+        latency_price=declared_for("lambda0", 0.0),
+        risk_price=declared_for("rho0", 1.0),
+        irreversible_price=declared_for("rho_irr", 0.0),
         tenant=log.tenant,
         task_class=log.task_class,
         time=log.time,
     )
-
-
-def _per_task(log: Log, economy: Economy, key: str, default: float) -> FloatArray:
-    """One declared number per task: the tenant's and the class's own, else everybody's; a class is the more special."""
-    everybody = getattr(economy, key)
-    column = np.full(len(log), default if everybody is None else everybody)
-    for labels, groups in ((log.tenant, economy.tenants), (log.task_class, economy.classes)):
-        for name, group in groups.items():
-            own = getattr(group, key)
-            if own is not None and labels is not None:
-                column[labels.equal(name)] = own
-    return column
 
 
 def _uses(log: Log, economy: Economy, allowed: BoolArray) -> Uses:

@@ -99,9 +99,9 @@ def _policy_name(case: Case) -> str:
     return f"{escape(case.baseline)} for every task"
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Names left, numbers right, and what has no heading left again; columns without a cell are left out."""
-    table = Table(
+    drawn = Table(
         title=f"\n{title}",
         title_justify="left",
         title_style="bold",
@@ -112,12 +112,12 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     shown = [k for k in range(len(columns)) if any(row[k] for row in rows)]
     for k in shown:
         left = k == 0 or not columns[k]
-        table.add_column(
+        drawn.add_column(
             columns[k], justify="left" if left else "right", style=None if k else "cyan", overflow="fold"
         )
     for row in rows:
-        table.add_row(*(row[k] for k in shown))
-    return table
+        drawn.add_row(*(row[k] for k in shown))
+    return drawn
 
 
 def prices_tables(case: Case, clearing: Clearing, audit: Audit | None, width: int) -> list[RenderableType]:
@@ -135,10 +135,10 @@ def prices_tables(case: Case, clearing: Clearing, audit: Audit | None, width: in
         without_luck = number(float(audit.attainable.multipliers[k])) if audit and audit.attainable else ""
         wide = (spread, _meaning(usage)) if width >= WIDE or not audit else ("", "")
         rows.append((name, best, today, mu, wide[0], without_luck, wide[1]))
-    table = _table("Prices", ("constraint", "best", "audited", "price μ", "95%", "attainable μ", ""), rows)
+    prices = table("Prices", ("constraint", "best", "audited", "price μ", "95%", "attainable μ", ""), rows)
     more = len(clearing.usage) - NAMES_SHOWN
     rest = [Text(f"… and {more} more (--json has all)", style="dim")] if more > 0 else []
-    return [table, *rest, line]
+    return [prices, *rest, line]
 
 
 def _meaning(usage: Usage) -> str:
@@ -169,7 +169,7 @@ def _changes(audit: Audit, width: int) -> RenderableType:
         gain = f"{usd(c.per_task.mean)} ({interval(c.per_task.ci)})"
         earned = usd(c.surplus) if width >= WIDE else ""
         rows.append((escape(who), switch, f"{c.tasks:,}", gain, earned, usd(c.total)))
-    return _table(
+    return table(
         "Changes worth most (held out; freed limits count)",
         ("who", "switch, mostly", "tasks", "gain per task", "of it surplus", "in all"),
         rows,
@@ -214,7 +214,7 @@ def _compared(audit: Audit) -> RenderableType:
     if audit.oracle is not None:
         rows.append(("oracle", usd(audit.oracle), "", luck))
     rows.append(("oracle, may defer", usd(audit.oracle_with_defer), "", luck))
-    return _table("Surplus at declared prices, per task", ("", "mean", "95%", ""), rows)
+    return table("Surplus at declared prices, per task", ("", "mean", "95%", ""), rows)
 
 
 def _over(usage: Sequence[Usage]) -> str:
@@ -252,13 +252,13 @@ def shard_prices_screen(found: ShardPrices, title: str) -> RenderableType:
     rows = [
         (escape(u.constraint.name), number(u.used), f"{u.multiplier:.4g}", _meaning(u)) for u in found.usage
     ]
-    table = _table("Prices", ("constraint", "best", "price μ", ""), rows)
+    prices = table("Prices", ("constraint", "best", "price μ", ""), rows)
     took = f"{count(found.passes, 'passes')} over all of it and {found.steps - found.passes} over parts"
     if found.bytes_per_pass is not None:
         took += f", {found.bytes_per_pass:,} bytes a pass"
     return Group(
         Text.assemble(("Walras ", "bold"), (title, "bold"), f" · {size}"),
-        table if rows else Text("No constraint declared: nothing is scarce, so every μ is 0."),
+        prices if rows else Text("No constraint declared: nothing is scarce, so every μ is 0."),
         certificate_line(found),
         Text(f"Engine {found.engine}: {took}, {found.seconds:.1f} s", style="dim"),
     )

@@ -7,10 +7,22 @@ with the between-class variance by the method of moments; Efron & Morris 1975). 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from walras.quantities import IntArray
 from walras.risk import FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class ClassMeans:
+    """Partially pooled means of M columns for C classes, and one more row for a class never seen."""
+
+    mean: FloatArray
+    """(C + 1, M)."""
+    error: FloatArray
+    """Posterior standard deviation of `mean`, (C + 1, M)."""
 
 
 def pooled_class_means(values: FloatArray, classes: IntArray, n_classes: int) -> FloatArray:
@@ -19,24 +31,46 @@ def pooled_class_means(values: FloatArray, classes: IntArray, n_classes: int) ->
     Args:
         classes: class of each row, (N,), in 0…C−1. A class without rows gets the overall mean.
     """
-    n = values.shape[0]
-    flat = values.reshape(n, -1)
-    count = np.bincount(classes, minlength=n_classes).astype(np.float64)[:, None]
-    total = _sum_by_class(flat, classes, n_classes)
-    overall = flat.mean(axis=0)
-    mean = np.divide(total, count, out=np.broadcast_to(overall, total.shape).copy(), where=count > 0)
-    seen = (count > 0).sum()
-    if seen < 2 or n <= seen:
-        return np.broadcast_to(overall, mean.shape).reshape(n_classes, *values.shape[1:]).copy()
-    within = (_sum_by_class(flat**2, classes, n_classes) - count * mean**2).sum(axis=0) / (n - seen)
-    within = np.maximum(within, 0.0)
-    spread = (count * (mean - overall) ** 2).sum(axis=0)
-    between = np.maximum((spread - (seen - 1) * within) / (n - (count**2).sum() / n), 0.0)
+    flat = values.reshape(values.shape[0], -1)
+    return class_means(flat, classes, n_classes).mean[:-1].reshape(n_classes, *values.shape[1:])
+
+
+def class_means(values: FloatArray, classes: IntArray, n_classes: int) -> ClassMeans:
+    """Partially pooled means of `values` (N, M) by class, with their errors; NaN is unknown.
+
+    Args:
+        classes: class of each row, (N,), in 0…C−1; a row of another class (−1) counts towards the overall mean only.
+    """
+    known = ~np.isnan(values)
+    filled = np.where(known, values, 0.0)
+    n, total = known.sum(axis=0), filled.sum(axis=0)
+    overall = np.divide(total, n, out=np.zeros(values.shape[1]), where=n > 0)
+    # Around the overall mean, so that a tight column far from 0 does not lose its variance to round-off.
+    away = np.where(known, values - overall, 0.0)
+    named = classes >= 0
+    count = _sum_by_class(known[named], classes[named], n_classes)
+    sums = _sum_by_class(away[named], classes[named], n_classes)
+    squares = _sum_by_class(away[named] ** 2, classes[named], n_classes)
+    mean = np.divide(sums, count, out=np.zeros_like(sums), where=count > 0)
+    seen, rows = (count > 0).sum(axis=0), count.sum(axis=0)
+    degrees = np.maximum(rows - seen, 1)
+    within = np.maximum((squares - count * mean**2).sum(axis=0), 0.0) / degrees
+    spread = (count * mean**2).sum(axis=0)
+    balance = rows - np.divide((count**2).sum(axis=0), rows, out=np.zeros_like(rows), where=rows > 0)
+    between = np.divide(
+        np.maximum(spread - (seen - 1) * within, 0.0), balance, out=np.zeros_like(rows), where=balance > 0
+    )
+    between[(seen < 2) | (rows <= seen)] = 0.0
     signal = count * between
-    noise = np.broadcast_to(within, signal.shape)
-    trust = np.divide(signal, signal + noise, out=np.zeros_like(signal), where=signal + noise > 0)
-    pooled: FloatArray = overall + trust * (mean - overall)
-    return pooled.reshape(n_classes, *values.shape[1:])
+    trust = np.divide(signal, signal + within, out=np.zeros_like(signal), where=signal + within > 0)
+    spread_all = (away**2).sum(axis=0)
+    overall_error = np.divide(spread_all, np.maximum(n - 1, 1) * n, out=np.zeros_like(total), where=n > 0)
+    own = np.divide(within, count, out=np.zeros_like(signal), where=count > 0)
+    # How far to pull is itself an estimate, and a poor one where classes are few: Morris (1983).
+    pull = overall_error + 2.0 / np.maximum(seen - 3, 1) * mean**2
+    error = np.sqrt(trust * own + (1.0 - trust) ** 2 * pull)
+    unseen = np.sqrt(between + overall_error)
+    return ClassMeans(np.vstack((overall + trust * mean, overall)), np.vstack((error, unseen)))
 
 
 def _sum_by_class(flat: FloatArray, classes: IntArray, n_classes: int) -> FloatArray:

@@ -16,6 +16,7 @@ from pyarrow import RecordBatch
 from walras.errors import RecordError
 from walras.quantities import BoolArray, IntArray, Labels
 from walras.records.read import OnRows, read_records
+from walras.records.schema import BY_NAME
 from walras.risk import FloatArray
 
 UNKNOWN = -1
@@ -24,6 +25,10 @@ UNKNOWN = -1
 _PER_USE = ("quality", "cost_usd", "latency_s", "risk", "irreversible_risk")
 _PER_TASK = ("value_usd", "time_s")
 _LABELS = ("tenant", "class")
+_TEXTUAL = ("prompt", "embedding")
+"""Columns about a request's text, taken from its first row that has any."""
+_REQUEST, _MODEL = "\0request", "\0model"
+"""Codes, kept beside the columns by name: a log may well have a column `request`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,12 @@ class Log:
     task_class: Labels | None
     rows: int
     synthetic: bool
+    prompts: tuple[str | None, ...] | None = None
+    """Each request's text, where it was asked for and is recorded."""
+    embeddings: FloatArray | None = None
+    """Each request's vector, (N, D), NaN where unknown; where it was asked for and is recorded."""
+    facts: Mapping[str, Labels] = field(default_factory=dict)
+    """Further columns of text that were asked for, by name."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,6 +76,9 @@ class Log:
             task_class=self.task_class and self.task_class.take(tasks),
             rows=self.rows,
             synthetic=self.synthetic,
+            prompts=self.prompts and tuple(self.prompts[t] for t in tasks),
+            embeddings=None if self.embeddings is None else self.embeddings[tasks],
+            facts={name: labels.take(tasks) for name, labels in self.facts.items()},
         )
 
 
@@ -74,6 +88,8 @@ def read_log(
     names: Mapping[str, str] | None = None,
     extra: Sequence[str] = (),
     losses: bool = False,
+    also: Sequence[str] = (),
+    facts: Sequence[str] = (),
     on_rows: OnRows | None = None,
 ) -> Log:
     """Read one or more files of records into a `Log`.
@@ -84,16 +100,23 @@ def read_log(
         names: schema column → column of the files, where they differ.
         extra: further numeric columns wanted per use (amounts of other resources).
         losses: whether losses by scenario are wanted.
+        also: further columns of the schema that are wanted: `prompt`, `embedding`, `propensity`, or token counts.
+        facts: further columns of text, by request.
 
     Raises:
-        RecordError: see `read_records`; also for a (request, model) pair that occurs twice and for a request whose
-            rows disagree about its value, tenant, class or time.
+        RecordError: see `read_records`; also for a (request, model) pair that occurs twice, for a request whose
+            rows disagree about its value, tenant, class, time or facts, and for a fact that is a number.
     """
+    wrong = next((name for name in facts if name in BY_NAME and BY_NAME[name].type != pa.string()), None)
+    if wrong is not None:
+        raise RecordError(
+            "is a column of numbers, not of text", field=wrong, hint="a fact tells requests apart"
+        )
     wanted = ["request_id", "model", *_PER_USE, "chosen", *_PER_TASK, *_LABELS]
     wanted += ["risk_scenarios"] if losses else []
-    gather = _Gather(tuple(extra))
+    gather = _Gather((*extra, *(name for name in also if name not in _TEXTUAL)), tuple(facts))
     for path in paths:
-        for first, batch in read_records(path, wanted, names, extra, on_rows):
+        for first, batch in read_records(path, [*wanted, *also], names, extra, on_rows, facts):
             gather.add(path, first, batch)
     return gather.log(all(_is_synthetic(path) for path in paths))
 
@@ -124,14 +147,26 @@ class _Codes:
         return codes
 
 
+def _fill(kept: list[Any], request: NDArray[Any], column: Any) -> None:
+    """Keep what a batch says of requests of which nothing is known yet."""
+    known = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+    who, first = np.unique(request[known], return_index=True)
+    new = [k for k, code in enumerate(who.tolist()) if kept[code] is None]
+    for code, value in zip(who[new], column.take(known[first[new]]).to_pylist(), strict=True):
+        kept[code] = value
+
+
 @dataclass
 class _Gather:
     """Batches, reduced to codes and numbers as they come."""
 
     extra: tuple[str, ...]
+    facts: tuple[str, ...] = ()
+    textual: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in _TEXTUAL})
+    """Of each request, None where unknown."""
     requests: _Codes = field(default_factory=_Codes)
     models: _Codes = field(default_factory=_Codes)
-    labels: dict[str, _Codes] = field(default_factory=lambda: {name: _Codes() for name in _LABELS})
+    labels: dict[str, _Codes] = field(default_factory=dict)
     batches: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
     origin: list[tuple[Path, int, int]] = field(default_factory=list)
     """(file, its first row, rows before it) of each batch, to name a row again."""
@@ -142,15 +177,20 @@ class _Gather:
     def add(self, path: Path, first: int, batch: RecordBatch) -> None:
         self.origin.append((path, first, self.rows))
         columns: dict[str, NDArray[Any]] = {
-            "request": self.requests.encode(batch.column("request_id")).astype(np.int32),
-            "model": self.models.encode(batch.column("model")).astype(np.int32),
+            _REQUEST: self.requests.encode(batch.column("request_id")).astype(np.int32),
+            _MODEL: self.models.encode(batch.column("model")).astype(np.int32),
         }
         for name in (*_PER_USE, *_PER_TASK, *self.extra):
             if name in batch.schema.names:
                 columns[name] = batch.column(name).to_numpy(zero_copy_only=False).astype(np.float64)
-        for name in _LABELS:
+        for name in (*_LABELS, *self.facts):
             if name in batch.schema.names:
-                columns[name] = self.labels[name].encode(batch.column(name)).astype(np.int32)
+                codes = self.labels.setdefault(name, _Codes())
+                columns[name] = codes.encode(batch.column(name)).astype(np.int32)
+        for name, kept in self.textual.items():
+            if name in batch.schema.names:
+                kept.extend([None] * (len(self.requests.of) - len(kept)))
+                _fill(kept, columns[_REQUEST], batch.column(name))
         if "chosen" in batch.schema.names:
             flag: Any = batch.column("chosen")
             columns["chosen"] = flag.cast(pa.int8()).fill_null(-1).to_numpy(zero_copy_only=False)
@@ -177,7 +217,7 @@ class _Gather:
         return out
 
     def log(self, synthetic: bool) -> Log:
-        request, model = self._whole("request"), self._whole("model")
+        request, model = self._whole(_REQUEST), self._whole(_MODEL)
         assert request is not None
         assert model is not None
         shape = (len(self.requests.of), len(self.models.of))
@@ -212,6 +252,13 @@ class _Gather:
             task_class=self._labels("class", request, shape[0]),
             rows=self.rows,
             synthetic=synthetic,
+            prompts=self._prompts(),
+            embeddings=self._embeddings(),
+            facts={
+                name: labels
+                for name in self.facts
+                if (labels := self._labels(name, request, shape[0])) is not None
+            },
         )
 
     def _whole(self, name: str) -> NDArray[Any] | None:
@@ -224,6 +271,26 @@ class _Gather:
                 return None
             raise RecordError("is in some of the files only", path=self.origin[-1][0], field=name)
         return np.concatenate(parts)
+
+    def _of_requests(self, name: str) -> list[Any] | None:
+        """A textual column by request; None where nobody has any."""
+        kept = self.textual[name]
+        kept += [None] * (len(self.requests.of) - len(kept))
+        return kept if any(value is not None for value in kept) else None
+
+    def _prompts(self) -> tuple[str | None, ...] | None:
+        kept = self._of_requests("prompt")
+        return None if kept is None else tuple(kept)
+
+    def _embeddings(self) -> FloatArray | None:
+        kept = self._of_requests("embedding")
+        if kept is None:
+            return None
+        size = next(len(v) for v in kept if v is not None)
+        if not size or any(len(v) != size for v in kept if v is not None):
+            what = f"every vector needs as many numbers as the first, {size}, and at least one"
+            raise RecordError(what, path=self.origin[0][0], field="embedding")
+        return np.array([[np.nan] * size if v is None else v for v in kept], dtype=np.float64)
 
     def _blame(self, row: int) -> tuple[Path, int]:
         path, first, before = next(o for o in reversed(self.origin) if o[2] <= row)

@@ -49,6 +49,7 @@ def read_records(
     names: Mapping[str, str] | None = None,
     extra: Sequence[str] = (),
     on_rows: OnRows | None = None,
+    facts: Sequence[str] = (),
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """(number of the first row, batch) pairs with the wanted schema columns, checked.
 
@@ -56,6 +57,7 @@ def read_records(
         columns: schema columns wanted; optional ones that the file lacks are left out of the batches.
         names: schema column → column of the file, where they differ.
         extra: further columns of the file, read as float64 ≥ 0 under their own names.
+        facts: further columns of the file, read as text under their own names.
 
     Raises:
         RecordError: names the file, and row (from 1) and column where there is one to blame.
@@ -64,7 +66,9 @@ def read_records(
     wanted: Wanted = {}
     try:
         source = _columns_of(path, kind)
-        wanted = _resolve(path, source, columns, names or {}, extra, sparse=kind == "jsonl")
+        wanted = _resolve(path, source, columns, names or {}, sparse=kind == "jsonl")
+        wanted |= _further(path, source, extra, pa.float64()) | _further(path, source, facts, pa.string())
+        _refuse_twice(path, source, wanted)
         number, batches = 1, _batches(path, kind, wanted)
         for raw, done in batches:
             if not raw.num_rows:
@@ -79,6 +83,8 @@ def read_records(
         raise _translate(path, kind, error, wanted) from error
     except UnicodeDecodeError as error:
         raise _not_text(path) from error
+    except UnicodeEncodeError as error:
+        raise RecordError("has a name that is not UTF-8", path=path, hint="rename it") from error
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise RecordError(f"cannot be read: {reason}", path=path) from error
@@ -158,7 +164,6 @@ def _resolve(
     source: Sequence[str],
     columns: Sequence[str],
     names: Mapping[str, str],
-    extra: Sequence[str],
     *,
     sparse: bool = False,
 ) -> Wanted:
@@ -183,14 +188,21 @@ def _resolve(
             )
         elif sparse:
             wanted[name] = (column, name)
-    for name in extra:
+    return wanted
+
+
+def _further(path: Path, source: Sequence[str], columns: Sequence[str], kind: pa.DataType) -> Wanted:
+    """Columns outside the schema, under their own names."""
+    for name in columns:
         if name not in source:
             raise RecordError(f"no column '{name}'", path=path, hint=nearest(name, source))
-        wanted[name] = (Column(name, pa.float64(), "", low=0), name)
+    return {name: (Column(name, kind, "", low=0), name) for name in columns}
+
+
+def _refuse_twice(path: Path, source: Sequence[str], wanted: Wanted) -> None:
     twice = next((name for _, name in wanted.values() if source.count(name) > 1), None)
     if twice is not None:
         raise RecordError("occurs twice in the header", path=path, field=twice, hint="rename one of the two")
-    return wanted
 
 
 # --- raw batches ------------------------------------------------------------------------------------------------------
@@ -311,11 +323,14 @@ def _check(path: Path, batch: pa.RecordBatch, wanted: Wanted, first: int) -> Non
             _check_range(path, array, column, source, first)
         elif pa.types.is_list(column.type):
             flat = array.flatten().to_numpy(zero_copy_only=False)
-            wrong = np.flatnonzero(~(np.isfinite(flat) & (flat >= 0)))
+            wrong = np.flatnonzero(
+                ~(np.isfinite(flat) & (flat >= (-np.inf if column.low is None else column.low)))
+            )
             if wrong.size:
                 lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
                 row = int(np.searchsorted(np.cumsum(lengths), wrong[0], side="right"))
-                problem = f"holds a loss of {flat[wrong[0]]:g}, which must be finite and ≥ 0"
+                must = "finite" if column.low is None else f"finite and ≥ {column.low:g}"
+                problem = f"holds {flat[wrong[0]]:g}, which must be {must}"
                 raise RecordError(problem, path=path, row=first + row, field=source)
 
 

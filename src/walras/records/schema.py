@@ -44,12 +44,17 @@ COLUMNS = (
     Column("latency_s", pa.float64(), "Seconds until the answer, queueing included", ("seconds",), low=0),
     Column("risk", pa.float64(), "USD of expected loss from wrong actions", (), low=0),
     Column("irreversible_risk", pa.float64(), "The part of `risk` that cannot be undone, USD", (), low=0),
-    Column("risk_scenarios", pa.list_(pa.float64()), "USD of loss by equally likely joint scenario", ()),
+    Column("loss_usd", pa.float64(), "USD lost in fact by wrong actions; 0 = none were", (), low=0),
+    Column(
+        "risk_scenarios", pa.list_(pa.float64()), "USD of loss by equally likely joint scenario", (), low=0
+    ),
     Column("chosen", pa.bool_(), "True on the row that was used", ("is_chosen",)),
     Column("propensity", pa.float64(), "Probability with which it was chosen", (), low=0, high=1),
     Column("value_usd", pa.float64(), "V of the task, USD per unit of quality", ("value",), low=0),
     Column("tenant", pa.string(), "Who pays", ("tenant_id", "team")),
     Column("class", pa.string(), "Kind of task", ("task_class", "benchmark", "repo", "task")),
+    Column("prompt", pa.string(), "The request's text, as it was sent", ("text",)),
+    Column("embedding", pa.list_(pa.float64()), "A vector of the prompt, the caller's own", ("vector",)),
     Column("time_s", pa.float64(), "Arrival, seconds from the log's start", ("arrival_s",)),
     Column("input_tokens", pa.float64(), "Prompt tokens, cached ones included", ("prompt_tokens",), low=0),
     Column("cached_input_tokens", pa.float64(), "Prompt tokens read from a cache", (), low=0),

@@ -1,4 +1,4 @@
-"""The audit as one self-contained HTML page: opens without a network, loads nothing, runs no script but its own two."""
+"""An audit or an evaluation as one self-contained HTML page: opens without a network, loads nothing, runs no script but its own two."""
 
 from __future__ import annotations
 
@@ -12,13 +12,43 @@ from string import Template
 from plotly.offline import get_plotlyjs
 
 from walras.diagnosis.audit import Audit
+from walras.diagnosis.evaluate import Evaluation
+from walras.diagnosis.html.evaluation import evaluation_report
 from walras.diagnosis.html.sections import report
 from walras.diagnosis.html.text import esc
 from walras.errors import OutputError
 
 
 def html_report(audit: Audit, title: str) -> str:
-    """The report as one page; `title` names what was audited."""
+    """An audit as one page; `title` names what was audited."""
+    return _page(f"audit of {title}", report(audit, title))
+
+
+def html_evaluation(found: Evaluation, title: str) -> str:
+    """An evaluation as one page; `title` says what it is: "evaluation of log.parquet"."""
+    return _page(title, evaluation_report(found, title))
+
+
+def write_html(audit: Audit, path: Path, title: str) -> None:
+    """Write an audit, whole or not at all; `title` as in `html_report`.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    _write(html_report(audit, title), path)
+
+
+def write_evaluation(found: Evaluation, path: Path, title: str) -> None:
+    """Write an evaluation, whole or not at all; `title` as in `html_evaluation`.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    _write(html_evaluation(found, title), path)
+
+
+def _page(title: str, body: str) -> str:
+    """Ready HTML in the page's shell, with its style, scripts and content security policy."""
     here = files(__package__)
     style, script, page = (
         here.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "page.html")
@@ -28,7 +58,7 @@ def html_report(audit: Audit, title: str) -> str:
         title=esc(title),
         allowed=f"{_hash(plotly)} {_hash(script)}",
         style=style,
-        body=report(audit, title),
+        body=body,
         plotly=plotly,
         script=script,
     )
@@ -39,13 +69,7 @@ def _hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def write_html(audit: Audit, path: Path, title: str) -> None:
-    """Write the report, whole or not at all.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    page = html_report(audit, title)
+def _write(page: str, path: Path) -> None:
     # In the same folder, because a rename is atomic only inside one file system.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:

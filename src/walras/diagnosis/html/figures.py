@@ -1,8 +1,7 @@
-"""The figures, as plotly specifications. Colours are names of the page's style ("--today"), so they follow light and dark."""
+"""The figures of an audit, as plotly specifications."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,20 @@ import numpy as np
 
 from walras.diagnosis.audit import Audit
 from walras.diagnosis.case import Case
-from walras.diagnosis.html.text import esc, label, small, table
+from walras.diagnosis.html.plot import (
+    ATTAINABLE,
+    BARS,
+    BEST,
+    REFERENCE,
+    TODAY,
+    Figure,
+    bar_layout,
+    bar_trace,
+    figure_layout,
+    hover,
+    whiskers,
+)
+from walras.diagnosis.html.text import esc, label, small
 from walras.diagnosis.regret import Row
 from walras.diagnosis.words import interval, number, percent, usd
 from walras.market.clearing import Usage
@@ -21,44 +33,6 @@ from walras.risk import FloatArray
 
 FAR = 2.0
 """A point that costs more than this many times what anybody needs is drawn at the edge."""
-BARS = 12
-"""Most bars of one figure; what is left is summed up in one more."""
-
-TODAY, BEST, ATTAINABLE, REFERENCE = "--today", "--best", "--attainable", "--reference"
-"""One meaning, one colour, in every figure."""
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A picture, what it says, and the same numbers as a table."""
-
-    id: str
-    title: str
-    caption: str
-    data: tuple[dict[str, Any], ...]
-    layout: dict[str, Any]
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    words: tuple[int, ...] = (0,)
-    """Columns of the table that hold words."""
-
-    def html(self, *, heading: bool = False, numbers_shown: bool = False) -> str:
-        shown = " open" if numbers_shown else ""
-        numbers = table(self.head, self.rows, self.words)
-        numbers = f"<details{shown}><summary>The numbers</summary>{numbers}</details>"
-        above = f"<h3>{self.title}</h3>" if heading else ""
-        return (
-            f'<figure id="{self.id}">{above}'
-            f'<div class="plot" role="img" aria-label="{self.title}"></div>'
-            f'<script type="application/json">{_embed({"data": self.data, "layout": self.layout})}</script>'
-            f"<figcaption>{self.caption}</figcaption>{numbers}</figure>"
-        )
-
-
-def _embed(data: dict[str, Any]) -> str:
-    """JSON that no text inside can end: it stands in a script element."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e")
 
 
 def audited_name(case: Case) -> str:
@@ -97,7 +71,7 @@ def budget_curve(audit: Audit) -> Figure:
         title="The most surplus that can be had for a budget",
         caption=_curve_caption(audit, budget),
         data=tuple(data),
-        layout=_layout(400, x="budget, USD per task", y="net surplus, USD per task", dollars="xy"),
+        layout=figure_layout(400, x="budget, USD per task", y="net surplus, USD per task", dollars="xy"),
         head=("budget per task", "best surplus per task", "price μ_C (the slope)"),
         rows=tuple(
             (usd(b), usd(s), number(m) if b else "–")
@@ -161,7 +135,7 @@ def _tangent(x: float, y: float, slope: float, right: float, top: float) -> tupl
 
 def _line(name: str, x: list[float], y: list[float], style: dict[str, Any]) -> dict[str, Any]:
     text = [f"{usd(b)} per task → {usd(s)}" for b, s in zip(x, y, strict=True)]
-    return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "line": style} | _hover(text)
+    return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "line": style} | hover(text)
 
 
 def _mark(point: _Point, right: float) -> dict[str, Any]:
@@ -184,7 +158,7 @@ def _mark(point: _Point, right: float) -> dict[str, Any]:
         "textposition": point.text,
         "cliponaxis": False,
     }
-    return mark | _hover([f"{label(point.name, 60)}: {usd(point.cost)} per task → {usd(point.surplus)}"])
+    return mark | hover([f"{label(point.name, 60)}: {usd(point.cost)} per task → {usd(point.surplus)}"])
 
 
 # --- regret -------------------------------------------------------------------------------------------------------
@@ -199,13 +173,13 @@ def regret_by_value(audit: Audit) -> Figure:
         for name, r in zip(names, rows, strict=True)
     ]
     means = [r.regret.mean for r in rows]
-    bars = _bars(means, names, TODAY, text) | {"error_x": _error(means, [r.regret.ci for r in rows])}
+    bars = bar_trace(means, names, TODAY, text) | {"error_x": whiskers(means, [r.regret.ci for r in rows])}
     return Figure(
         id="regret-by-value",
         title="Mean regret by value of the task",
         caption="Tenths of the tasks by value V, USD per unit of quality, most valuable on top. Whiskers: 95% interval.",
         data=(bars,),
-        layout=_bar_layout([label(n) for n in names], "mean regret, USD per task", reverse=False),
+        layout=bar_layout([label(n) for n in names], "mean regret, USD per task", reverse=False),
         head=("value V", "tasks", "regret per task", "95% interval", "in all"),
         rows=tuple(_group_cells(r, f"${r.name}") for r in rows),
     )
@@ -229,8 +203,8 @@ def regret_by_group(what: str, rows: Sequence[Row]) -> Figure:
         id=f"regret-by-{what}",
         title=f"Regret by {what}",
         caption="Sum over the log. The mean per task, with its interval, is in the numbers.",
-        data=(_bars(totals, names, TODAY, text),),
-        layout=_bar_layout([label(n) for n in names], "regret over the log, USD"),
+        data=(bar_trace(totals, names, TODAY, text),),
+        layout=bar_layout([label(n) for n in names], "regret over the log, USD"),
         head=(what, "tasks", "regret per task", "95% interval", "in all"),
         rows=tuple(_group_cells(r, r.name) for r in shown),
     )
@@ -251,10 +225,10 @@ def choice_shares(audit: Audit) -> Figure:
     data = []
     for title, color, shares in zip(titles, colours, columns, strict=True):
         text = [f"{label(n, 60)}, {title}: {percent(s)}" for n, s in zip(names, shares, strict=True)]
-        data.append(_bars([100 * s for s in shares], names, color, text) | {"name": title})
-    layout = _bar_layout([label(n) for n in names], "share of tasks, %", per_bar=52)
+        data.append(bar_trace([100 * s for s in shares], names, color, text) | {"name": title})
+    layout = bar_layout([label(n) for n in names], "share of tasks, %", per_bar=52, dollars=False)
     layout |= {"barmode": "group", "bargap": 0.3, "showlegend": True}
-    layout["xaxis"] |= {"rangemode": "tozero", "tickprefix": ""}
+    layout["xaxis"]["rangemode"] = "tozero"
     return Figure(
         id="choice-shares",
         title="Which model the tasks get",
@@ -300,7 +274,7 @@ class _Benchmark:
 def benchmarks(audit: Audit) -> Figure:
     """What was, what one model would do, what a policy can reach, and what only hindsight could."""
     rows = _benchmarks(audit)
-    layout = _bar_layout([label(r.name) for r in rows], "net surplus, USD per task", per_bar=44)
+    layout = bar_layout([label(r.name) for r in rows], "net surplus, USD per task", per_bar=44)
     ends = [end for row in rows for end in (row.surplus, *(row.ci or ()))]
     margin = 0.08 * max(max(ends) - min(ends), 0.1 * max(map(abs, ends)), 1e-9)
     layout["xaxis"]["range"] = [min(ends) - margin, max(ends) + margin]
@@ -349,8 +323,8 @@ def _dot(k: int, row: _Benchmark) -> dict[str, Any]:
         "marker": marker | {"line": {"width": 2.5, "color": row.color}},
     }
     if row.ci:
-        dot["error_x"] = _error([row.surplus], [row.ci])
-    return dot | _hover([f"{label(row.name, 60)}: {usd(row.surplus)}{spread}"])
+        dot["error_x"] = whiskers([row.surplus], [row.ci])
+    return dot | hover([f"{label(row.name, 60)}: {usd(row.surplus)}{spread}"])
 
 
 def _benchmarks(audit: Audit) -> list[_Benchmark]:
@@ -383,83 +357,3 @@ def over(usage: Usage) -> str:
         return ""
     ratio = usage.used / usage.constraint.bound if usage.constraint.bound else np.inf
     return f"{ratio:.1f}× the limit" if 2 <= ratio < np.inf else f"over by {percent(usage.excess)}"
-
-
-# --- style --------------------------------------------------------------------------------------------------------
-
-
-def _bars(x: list[float], names: Sequence[str], color: str, text: list[str]) -> dict[str, Any]:
-    """Bars at 0, 1, …: names may repeat once cut, so the axis carries them as labels."""
-    bars = {
-        "type": "bar",
-        "orientation": "h",
-        "x": x,
-        "y": list(range(len(names))),
-        "marker": {"color": color},
-    }
-    return bars | _hover(text)
-
-
-def _hover(text: list[str]) -> dict[str, Any]:
-    return {"hovertext": text, "hoverinfo": "text"}
-
-
-def _error(means: Sequence[float], ci: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Whiskers; a percentile interval need not hold the mean, and no whisker is negative."""
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [max(high - mean, 0.0) for mean, (_, high) in zip(means, ci, strict=True)],
-        "arrayminus": [max(mean - low, 0.0) for mean, (low, _) in zip(means, ci, strict=True)],
-        "color": "--muted",
-        "thickness": 1.5,
-        "width": 4,
-    }
-
-
-def _bar_layout(names: list[str], title: str, per_bar: int = 30, *, reverse: bool = True) -> dict[str, Any]:
-    layout = _layout(90 + per_bar * len(names), x=title, y="", dollars="x")
-    ends = [-0.6, len(names) - 0.4]
-    layout["yaxis"] |= {
-        "tickvals": list(range(len(names))),
-        "ticktext": names,
-        "range": ends[::-1] if reverse else ends,
-        "showgrid": False,
-        "zeroline": False,
-        "ticklabelstandoff": 8,
-    }
-    return layout
-
-
-def _layout(height: int, *, x: str, y: str, dollars: str) -> dict[str, Any]:
-    return {
-        "height": height,
-        "font": {"family": "system-ui, sans-serif", "size": 13, "color": "--muted"},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "margin": {"l": 10, "r": 14, "t": 10, "b": 10},
-        "xaxis": _axis(x, "x" in dollars),
-        "yaxis": _axis(y, "y" in dollars),
-        "showlegend": dollars == "xy",
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
-        "hoverlabel": {
-            "bgcolor": "--paper",
-            "bordercolor": "--grid",
-            "font": {"color": "--ink"},
-            "align": "left",
-        },
-        "dragmode": False,
-    }
-
-
-def _axis(title: str, dollars: bool) -> dict[str, Any]:
-    return {
-        "title": {"text": title, "font": {"size": 13}, "standoff": 12},
-        "automargin": True,
-        "fixedrange": True,
-        "gridcolor": "--grid",
-        "zerolinecolor": "--grid",
-        "tickprefix": "$" if dollars else "",
-        "exponentformat": "none",
-        "nticks": 6,
-    }

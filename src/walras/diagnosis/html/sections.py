@@ -1,4 +1,4 @@
-"""The sections of the report, in reading order: each takes the audit and returns HTML."""
+"""The sections of the audit report, in reading order: each takes the audit and returns HTML."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from walras.diagnosis.html.figures import (
     regret_by_group,
     regret_by_value,
 )
-from walras.diagnosis.html.text import esc, line, small, summands, table
+from walras.diagnosis.html.text import esc, header, line, notes_on_log, section, small, summands, table
 from walras.diagnosis.regret import overdrafts
 from walras.diagnosis.sensitivity import SAMPLE
 from walras.diagnosis.words import Format, as_declared, count, interval, number, percent, usd
@@ -28,11 +28,6 @@ from walras.quantities import USD
 from walras.risk import FloatArray
 
 SYMBOL = {"compute": "μ_C", "latency": "μ_L", "risk": "μ_R"}
-
-
-def section(title: str, body: str, annotation: str = "") -> str:
-    note = f" {small(annotation)}" if annotation else ""
-    return f"<section><h2>{title}{note}</h2>\n{body}</section>\n"
 
 
 def report(audit: Audit, title: str) -> str:
@@ -63,19 +58,14 @@ def _curve(audit: Audit) -> str:
 
 
 def headline(audit: Audit, title: str) -> str:
-    case, (n, i) = audit.case, audit.case.uses.shape
-    mark = '<strong class="mark">synthetic log</strong>' if case.synthetic else ""
+    n, i = audit.case.uses.shape
     points = (
         ("Against what.", _against(audit)),
         ("What is attainable.", _attainable(audit)),
         ("How sure the prices are.", _certified(audit)),
     )
-    return (
-        f'<header><p class="title">Walras audit of {esc(title)} · {n:,} tasks × {i} models {mark}</p>'
-        f"<h1>{_answer(audit)}</h1>\n<ul>"
-        + "".join(f"<li><b>{name}</b> {text}</li>" for name, text in points)
-        + "</ul></header>\n"
-    )
+    what = f"audit of {title} · {n:,} tasks × {i} models"
+    return header(what, _answer(audit), points, synthetic=audit.case.synthetic)
 
 
 def _answer(audit: Audit) -> str:
@@ -421,12 +411,8 @@ def sensitivity(audit: Audit) -> str:
 
 
 def trust(audit: Audit) -> str:
-    case = audit.case
-    notes = [esc(note) for note in case.notes]
-    if case.synthetic:
-        notes.append("The log is synthetic: it was generated, nobody asked these questions.")
-    listed = "<h3>Notes on this log</h3><ul>" + "".join(f"<li>{note}</li>" for note in notes) + "</ul>"
-    body = (listed if notes else "") + f"<h3>Certificate</h3>{_certificate(audit)}{METHOD}"
+    notes = notes_on_log(audit.case.notes, synthetic=audit.case.synthetic)
+    body = f"{notes}<h3>Certificate</h3>{_certificate(audit)}{METHOD}"
     walras = (
         f"Walras {version('walras')} · {audit.clearing.passes} passes over the log · {audit.seconds:.1f} s"
     )

@@ -1,4 +1,4 @@
-"""Text and tables for the page. Every name and note passes through here."""
+"""Text, tables and parts of the page. Every name and note passes through here."""
 
 from __future__ import annotations
 
@@ -53,3 +53,25 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[
         body += "</tr>\n"
     wide = ' class="wide"' if len(head) > 3 else ""
     return f"<table{wide}><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table>"
+
+
+def header(what: str, answer: str, points: Sequence[tuple[str, str]], *, synthetic: bool) -> str:
+    """The top of a page: `what` it is (not escaped yet), the answer, and (name, text) of what the answer rests on."""
+    mark = ' <strong class="mark">SYNTHETIC LOG</strong>' if synthetic else ""
+    listed = "".join(f"<li><b>{name}</b> {text}</li>" for name, text in points)
+    return f'<header><p class="title">Walras {esc(what)}{mark}</p><h1>{answer}</h1>\n<ul>{listed}</ul></header>\n'
+
+
+def section(title: str, body: str, annotation: str = "") -> str:
+    """One chapter; `body` is ready HTML."""
+    note = f" {small(annotation)}" if annotation else ""
+    return f"<section><h2>{title}{note}</h2>\n{body}</section>\n"
+
+
+def notes_on_log(notes: Sequence[str], *, synthetic: bool) -> str:
+    """What the reader of the log had to say, and whether anybody asked these questions; nothing if nothing."""
+    listed = [esc(note) for note in notes]
+    if synthetic:
+        listed.append("The log is synthetic: it was generated, nobody asked these questions.")
+    items = "".join(f"<li>{note}</li>" for note in listed)
+    return f"<h3>Notes on this log</h3><ul>{items}</ul>" if listed else ""
