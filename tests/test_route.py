@@ -629,3 +629,22 @@ def test_models_the_router_does_not_know(golden: Estimates) -> None:
 def test_vectors_of_requests_have_one_length(golden: Estimates) -> None:
     with pytest.raises(RecordError, match="3 numbers in one request and 2 in another"):
         ask_of(golden, many([{"embedding": (1.0, 2.0)}, {}, {"embedding": (1.0, 2.0, 3.0)}]))
+
+
+def test_a_longer_prompt_costs_what_it_cost_in_the_log(tmp_path: Path) -> None:
+    """Money is linear in the prompt's bytes here; by its length alone a request moves to the flat-rate model."""
+    rows = [
+        {
+            "request_id": f"r{k}", "model": model, "class": "all", "quality": 0.8, "prompt": "é" * 10 * k,
+            "cost_usd": 1e-4 * 20 * k if model == "metered" else 0.1,
+        }
+        for k in range(100)
+        for model in ("metered", "flat")
+    ]  # fmt: skip
+    estimates = learned(write_jsonl(tmp_path / "log.jsonl", rows))
+    asked = many([{"prompt": "x" * n, "task_class": "all", "value_usd": 1.0} for n in (100, 900, 1100, 1900)])
+    routing = route(estimates, ask_of(estimates, asked), Economy())
+    np.testing.assert_allclose(
+        routing.uses.amounts[:, :, 0], [[1e-4 * n, 0.1] for n in (100, 900, 1100, 1900)], rtol=0.02
+    )
+    assert [routing.model(row) for row in range(4)] == ["metered", "metered", "flat", "flat"]
