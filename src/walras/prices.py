@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from walras.errors import NumeraireError, QuantityError, SettingsError
+from walras.errors import NumeraireError, QuantityError, SettingsError, nearest
 from walras.quantities import USD, BoolArray, Labels, Tasks, Uses
 from walras.risk import CVaR, Expectation, FloatArray, MaxMin, RiskMeasure
 
@@ -103,6 +103,8 @@ class Constraint:
     """The bound must be met with equality (capacity that is paid for anyway); its price may then be negative."""
 
     def __post_init__(self) -> None:
+        if self.kind not in _LAYER:
+            raise SettingsError(f"'{self.kind}' is no kind of constraint", hint=nearest(self.kind, _LAYER))
         if not np.isfinite(self.bound) or self.bound < 0:
             raise SettingsError(f"the bound must be finite and ≥ 0, got {self.bound}", key=self.name)
         if self.kind == "quantile_sla" and not (0 < self.bound < 1 and self.seconds > 0):

@@ -91,6 +91,8 @@ class Group:
     """Mean of each block of features."""
     ridges: Mapping[str, tuple[Ridge, ...]]
     """By block, in the order they are added: one for all directions, or one for each."""
+    quiet: FloatArray
+    """Mean variance from the blocks that say nothing and are left out, (P,): a live request does not wait for them."""
     trust: float = 1.0
     """What cross-fitting leaves of it, 0 to 1."""
     trust_error: float = 0.0
@@ -142,7 +144,8 @@ class QualityModel:
         """What the prompts add to the class means, (N, M), and its variance."""
         if not group.trust and not group.trust_error:
             return np.zeros((1, 1)), np.zeros((1, 1))
-        said, doubt = np.zeros((2, len(requests), len(group.basis)))
+        said = np.zeros((len(requests), len(group.basis)))
+        doubt = said + group.quiet
         if near.any.any():
             pairs = _pairs(near, self.beyond, group.basis, group.alike)
             said += np.einsum("nfp,pf->np", pairs, group.pair)
@@ -202,7 +205,9 @@ def fit_quality(
     plain, full = _cross_fitted(requests, models, quality, reader, seed)
     classes = model.class_codes(requests.task_class)
     group_of = model.group_of[classes]
-    trusts = [_trust(quality, plain, full, group_of == g) for g in range(len(model.groups))]
+    everyone = np.ones(len(requests), dtype=np.bool_)
+    inside = [group_of == g for g in range(len(model.groups))]
+    trusts = [_trust(quality, plain, full, rows if rows.sum() >= SMALL else everyone) for rows in inside]
     groups = tuple(
         replace(group, trust=trust, trust_error=error)
         for group, (trust, error) in zip(model.groups, trusts, strict=True)
@@ -299,6 +304,8 @@ def _fit(requests: Requests, models: tuple[str, ...], quality: FloatArray, reade
     groups = []
     for g in range(own.size + 1):
         rows = np.flatnonzero(group_of[classes] == g)
+        if g == own.size and rows.size < SMALL:  # too few to learn from, and classes never seen come here too
+            rows = np.arange(len(requests))
         groups.append(
             _fit_group(requests.take(rows), beyond[rows].astype(np.float64), pairs.take(rows), model)
         )
@@ -324,6 +331,7 @@ def _fit_group(requests: Requests, beyond: FloatArray, near: Neighbours, model: 
         cue_scale=cue_scale,
         centre={},
         ridges={},
+        quiet=np.zeros(m),
     )
     complete: BoolArray = np.logical_not(np.isnan(beyond).any(axis=1))
     if len(requests) < 2 * FOLDS:
@@ -347,8 +355,11 @@ def _fit_group(requests: Requests, beyond: FloatArray, near: Neighbours, model: 
             else [(~np.isnan(left[:, p]), slice(p, p + 1)) for p in range(m)]
         )
         ridges = tuple(fit_ridge(features[rows], left[rows, columns]) for rows, columns in blocks)
-        left = left - np.hstack([ridge.predict(features) for ridge in ridges])
-        if any(ridge.ratio.any() for ridge in ridges):
+        left = left - _side_by_side([ridge.predict(features) for ridge in ridges])
+        if not any(ridge.used.any() for ridge in ridges):
+            hidden = _side_by_side([ridge.variance(features) for ridge in ridges]).mean(axis=0)
+            group = replace(group, quiet=group.quiet + hidden)
+        else:
             group = replace(
                 group, centre={**group.centre, name: centre}, ridges={**group.ridges, name: ridges}
             )

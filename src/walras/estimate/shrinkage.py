@@ -37,6 +37,8 @@ class Ridge:
     """Eigenvectors of FᵀF, (p, p)."""
     power: FloatArray
     """Its eigenvalues, (p,)."""
+    spread: FloatArray
+    """Posterior variance of a weight along each eigenvector, as far as it counts, (p, P)."""
 
     def predict(self, features: FloatArray) -> FloatArray:
         """(N, P)."""
@@ -45,10 +47,10 @@ class Ridge:
 
     def variance(self, features: FloatArray) -> FloatArray:
         """Posterior mean square of what is left when the prediction is taken away, (N, P)."""
-        left = self.ratio / (1.0 + self.ratio * self.power[:, None])
-        variance: FloatArray = ((features @ self.basis) ** 2 @ left) * self.noise
-        variance += (features @ (self.weights * ~self.used)) ** 2
-        return variance * self.likely
+        variance: FloatArray = (features @ self.basis) ** 2 @ self.spread
+        if not self.used.all():
+            variance += self.likely * (features @ (self.weights * ~self.used)) ** 2
+        return variance
 
 
 def fit_ridge(features: FloatArray, outcomes: FloatArray, least_evidence: float = LEAST_EVIDENCE) -> Ridge:
@@ -67,12 +69,16 @@ def fit_ridge(features: FloatArray, outcomes: FloatArray, least_evidence: float 
     gain = evidence.max(axis=0) - evidence[0]
     used = gain >= least_evidence
     ratio = ratios[best]
+    likely = np.where(used, 1.0, -np.expm1(-gain))
+    left = noise[best, np.arange(best.size)]
+    shrunk = ratio / (1.0 + ratio * power[:, None])
     return Ridge(
-        weights=basis @ (ratio / (1.0 + ratio * power[:, None]) * onto),
+        weights=basis @ (shrunk * onto),
         used=used,
-        likely=np.where(used, 1.0, -np.expm1(-gain)),
-        noise=noise[best, np.arange(best.size)],
+        likely=likely,
+        noise=left,
         ratio=ratio,
         basis=basis,
         power=power,
+        spread=shrunk * left * likely,
     )
