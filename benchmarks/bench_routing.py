@@ -447,8 +447,8 @@ def routellm(pair: Pair, seeds: int, draws: int) -> tuple[list[str], np.ndarray]
         "",
         *tables,
         "Learned on one benchmark, judged on another; ± is a bootstrap error over requests. Classes do not carry over: a request "
-        "of a class that was never seen gets the overall mean and the text model of the smallest classes, of which these "
-        "benchmarks have none, so that it is routed by a coin (0.5). What carries over is the text, where no class is told:",
+        "of a class that was never seen gets the overall mean and the text model of all classes together. What carries over is "
+        "the text:",
         "",
         *transfer_table(pair, draws),
     ], np.array(tally)
