@@ -1,6 +1,6 @@
 """Does trying a cheap model first pay? Search, best fixed model, cascade and oracle on a real log, held out.
 
-    WALRAS_DATA=../shared/data python benchmarks/bench_escalation.py    # three minutes; --quick prints and writes nothing
+    WALRAS_DATA=FOLDER python benchmarks/bench_escalation.py    # three minutes; --quick prints and writes nothing
 
 The log is SWE-bench Verified, 4 models × 500 tasks, USD per run. It has no verifier's verdicts: the verifier is SIMULATED.
 Rewrites its section of docs/benchmarks.md, and docs/escalation.svg.

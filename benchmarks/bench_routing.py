@@ -1,6 +1,6 @@
 """Does a router learned from a log beat what needs no learning? RouterBench and RouteLLM's pair, held out.
 
-    WALRAS_DATA=../shared/data python benchmarks/bench_routing.py    # five minutes; --quick prints and writes nothing
+    WALRAS_DATA=FOLDER python benchmarks/bench_routing.py    # five minutes; --quick prints and writes nothing
 
 WALRAS_PEER_PYTHON names the interpreter of an environment with `litellm` and `scikit-learn`, so that the peers run on the
 same halves; without it their columns say "not run". One core. Rewrites its section of docs/benchmarks.md.
