@@ -58,6 +58,7 @@ def _route_data(routing: Routing, row: int) -> dict[str, Any]:
         "model": routing.model(row),
         "propensity": float(drawn.propensity[row]),
         "expected_regret": float(drawn.regret[row]),
+        "floored": bool(drawn.floored[row]),
         "uses": [
             {
                 "model": name,
