@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from walras.errors import QuantityError, RecordError
+from walras.estimate import artefact
 from walras.estimate.harm import HarmModel, ambiguous_losses
 from walras.risk import CVaR, Expectation, risk_of
 
@@ -177,13 +179,12 @@ def test_the_worst_judge_counts_use_by_use() -> None:
 
 
 @pytest.mark.parametrize("with_losses", [True, False])
-def test_stored_and_loaded_it_is_the_same(with_losses: bool) -> None:
+def test_stored_and_loaded_it_is_the_same(with_losses: bool, tmp_path: Path) -> None:
     wrong, classes, loss = draw(np.random.default_rng(7), 100, np.full((2, 2), 0.3))
     model = HarmModel.fit(wrong, classes, 2, loss if with_losses else None)
-    again = HarmModel.from_arrays(model.to_arrays())
+    artefact.save(tmp_path / "model", model, {})
+    again, _ = artefact.load(tmp_path / "model", (HarmModel,))
     assert (again.losses(np.arange(2)) == model.losses(np.arange(2))).all()
-    with pytest.raises(RecordError, match="without beta"):
-        HarmModel.from_arrays({"alpha": model.alpha})
 
 
 def test_impossible_outcomes() -> None:

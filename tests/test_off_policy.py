@@ -19,7 +19,8 @@ from scipy.stats import f as fisher
 
 from walras.errors import QuantityError, RecordError
 from walras.estimate import off_policy
-from walras.estimate.off_policy import Estimate, Logged, OffPolicy, SupportError, compare, evaluate_policy
+from walras.estimate.empirical_likelihood import Estimate
+from walras.estimate.off_policy import Logged, OffPolicy, SupportError, compare, evaluate_policy
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]

@@ -39,8 +39,9 @@ from economies import (
 from walras.equation import DEFER, choose, equimarginal_residual, net_value
 from walras.errors import InfeasibleError, NotCleared, NumeraireError, QuantityError
 from walras.market import dual, shadow
+from walras.market.alike import Split
 from walras.market.clearing import Clearing, Rounded, round_off
-from walras.market.dual import Answer, Split
+from walras.market.dual import Answer
 from walras.market.envelopes import _plain
 from walras.market.memory import Memory
 from walras.market.shadow import discover

@@ -30,9 +30,8 @@ from markets import (
 from walras.equation import Charge, after_charges, choose, surplus
 from walras.errors import QuantityError
 from walras.market import memory, sweep
-from walras.market.dual import tables
 from walras.market.memory import Memory
-from walras.market.planes import Planes, Rows, planes_of
+from walras.market.planes import Planes, Rows, planes_of, tables
 
 STYLES = ("smooth", "ties", "twins", "dominated")
 SIZES = (1, 2, 7, 30, sweep.TILE - 1, sweep.TILE, sweep.TILE + 1, 2 * sweep.TILE, 2 * sweep.TILE + 91)

@@ -6,9 +6,7 @@ numéraire · 6 not certified · 7 a result could not be written · 130 interrup
 
 from __future__ import annotations
 
-import datetime as dt
 import inspect
-import json as jsonlib
 import math
 import os
 import sys
@@ -18,13 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from walras.demand.explore import Greedy, Policy, Softmax, Thompson
 from walras.demand.route import Exploring, ask_of, search
 from walras.demand.route import route as route_requests
 from walras.demand.search import Verifier
@@ -41,14 +37,13 @@ from walras.diagnosis.routing_report import (
 )
 from walras.diagnosis.shard_prices import Engine, is_shards, price_shards, write_shard
 from walras.diagnosis.terminal import audit_screen, prices_screen, shard_prices_screen
+from walras.diagnosis.words import count
 from walras.errors import OutputError, SettingsError, WalrasError, nearest
-from walras.estimate.estimates import ALSO, Estimates, Live, fit_estimates
-from walras.estimate.price_table import load_price_table
+from walras.estimate.estimates import ALSO, Estimates, fit_estimates
 from walras.estimate.watch import watch_log
 from walras.market.gpu import cuda
-from walras.prices import Prices
 from walras.records import COLUMNS, Log, read_log
-from walras.records.asks import Asked, read_asks
+from walras.routing_options import read_asked, read_live, read_live_prices, read_policy
 from walras.settings import Economy, load_economy, settings_rows
 from walras.simulate.sample import write_sample
 
@@ -246,7 +241,7 @@ def fit(
     about = {"logs": [p.name for p in logs], "rows": log.rows, "requests": len(log), "seed": seed}
     about |= {"models": list(log.models), "synthetic": log.synthetic}
     estimates.save(output, about)
-    said = f"{output}: a router over {len(log.models)} models, learned from {len(log):,} requests"
+    said = f"{output}: a router over {count(len(log.models), 'models')}, learned from {count(len(log), 'requests')}"
     err.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -299,15 +294,15 @@ def route(
 ) -> None:
     """Choose a model for each request at the given prices, and say why: V·ΔQ, ΔC, λ·ΔL, ρ·ΔR of every use."""
     estimates, _ = Estimates.load(router)
-    asked = _asked(prompt, jsonl, task_class, tenant, warm)
+    asked = read_asked(prompt, jsonl, task_class, tenant, warm)
     ask = ask_of(estimates, asked)
     routing = route_requests(
         estimates,
         ask,
         economy,
-        prices=None if prices is None else _live_prices(prices),
-        live=_live(estimates, price_table, list_prices, load or []),
-        exploring=Exploring(_policy(explore), explore_cap, explore_floor, seed),
+        prices=None if prices is None else read_live_prices(prices),
+        live=read_live(estimates, price_table, list_prices, load or []),
+        exploring=Exploring(read_policy(explore), explore_cap, explore_floor, seed),
     )
     plan = None
     if verifier_accuracy is not None:
@@ -437,76 +432,6 @@ def _with_class(economy: Economy, column: str | None) -> Economy:
     if column is None:
         return economy
     return economy.model_copy(update={"columns": {**economy.columns, "class": column}})
-
-
-def _asked(
-    prompt: str | None, jsonl: Path | None, task_class: str | None, tenant: str | None, warm: list[str] | None
-) -> list[Asked]:
-    if (prompt is None) == (jsonl is None):
-        raise SettingsError("give one of the two", key="--prompt or --jsonl")
-    if jsonl is not None:
-        if task_class or tenant or warm:
-            raise SettingsError(
-                "belong to --prompt; in a file each request has its own", key="--class, --tenant, --warm"
-            )
-        return read_asks(jsonl)
-    if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
-    cached = dict(_tokens(item) for item in warm or ())
-    return [Asked("prompt", prompt or "", task_class, tenant, cached_tokens=cached or None)]
-
-
-def _tokens(item: str) -> tuple[str, float]:
-    model, equals, tokens = item.rpartition("=")
-    try:
-        count = float(tokens)
-    except ValueError:
-        count = -1.0
-    if not (model and equals and math.isfinite(count) and count >= 0):
-        raise SettingsError(f"'{item}' is not MODEL=TOKENS", key="--warm")
-    return model, count
-
-
-def _live(estimates: Estimates, price_table: Path | None, list_prices: bool, load: list[str]) -> Live:
-    """What is true now: today's prices, and the load of each engine."""
-    counts = np.zeros((2, len(estimates.models)))
-    for item in load:
-        model, _, numbers = item.rpartition("=")
-        parts = numbers.split(":")
-        if not model or len(parts) > 2 or not all(part.isdecimal() for part in parts):
-            raise SettingsError(f"'{item}' is not MODEL=RUNNING[:WAITING]", key="--load")
-        column = estimates.column_of(model)
-        counts[: len(parts), column] = [float(part) for part in parts]
-    running, waiting = counts if load else (None, None)
-    today = dt.datetime.now(dt.UTC).date()
-    return Live(load_price_table(price_table), today, list_prices, running=running, waiting=waiting)
-
-
-def _policy(text: str | None) -> Policy:
-    if text is None:
-        return Greedy()
-    kind, _, temperature = text.partition(":")
-    if kind == "thompson" and not temperature:
-        return Thompson()
-    try:
-        if kind == "softmax":
-            return Softmax(float(temperature))
-    except ValueError:
-        pass
-    raise SettingsError(f"'{text}' is neither softmax:USD nor thompson", key="--explore")
-
-
-def _live_prices(path: Path) -> Prices:
-    """A price vector, bare or as `walras prices --json` prints it."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = jsonlib.loads(text)
-    except OSError as error:
-        raise SettingsError(f"cannot be read: {error.strerror}", key=str(path)) from error
-    except ValueError as error:
-        raise SettingsError(f"is not JSON: {error}", key=str(path)) from error
-    vector = data.get("price_vector", data) if isinstance(data, dict) else data
-    return Prices.from_json(jsonlib.dumps(vector))
 
 
 def _read(

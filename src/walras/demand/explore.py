@@ -20,13 +20,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
 
 import numpy as np
-from numba import njit
 
 from walras.equation import DEFER, ROUND_OFF, TIE
 from walras.errors import QuantityError
+from walras.market.online import compiled
 from walras.quantities import BoolArray, IntArray
 from walras.risk import FloatArray
 
@@ -38,13 +37,6 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(8)
 _SHADE = 1.0 - 1e-12
 """Regret is kept this far under a cap, so that round-off never carries it over."""
 _GREEDY, _SOFTMAX, _THOMPSON = 0, 1, 2
-
-Kernel = TypeVar("Kernel", bound=Callable[..., Any])
-
-
-def compiled(kernel: Kernel) -> Kernel:
-    """Exact arithmetic: a request alone and one in a batch come out the same, bit for bit."""
-    return cast(Kernel, njit(nogil=True, cache=True, error_model="numpy")(kernel))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from walras.diagnosis.regret import Mean, bootstrap_mean
 from walras.equation import choose, surplus
 from walras.errors import RecordError, SettingsError
 from walras.estimate.class_means import class_means
+from walras.estimate.empirical_likelihood import Estimate as Difference
 from walras.estimate.estimates import Estimates, fit_estimates, requests_of
 from walras.estimate.near import NearIndex
-from walras.estimate.off_policy import Estimate as Difference
 from walras.estimate.off_policy import Logged, OffPolicy, compare, evaluate_policy
 from walras.estimate.quality import Requests
 from walras.estimate.shrinkage import fit_ridge

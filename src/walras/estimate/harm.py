@@ -8,7 +8,7 @@ together as equally likely scenarios, which `risk.py` values: expectation, CVaR,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import betaln, expit, logit
@@ -113,28 +113,6 @@ class HarmModel:
             return losses
         order = rng.permuted(np.tile(np.arange(scenarios), (len(classes), 1)), axis=1)
         return np.take_along_axis(losses, order[:, None, :], axis=2)
-
-    def to_arrays(self) -> dict[str, FloatArray]:
-        """The model as named arrays, for an artefact that holds no code."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, FloatArray]) -> HarmModel:
-        """Inverse of `to_arrays`.
-
-        Raises:
-            RecordError: an array is missing or has another shape.
-        """
-        missing = [field.name for field in fields(cls) if field.name not in arrays]
-        if missing:
-            raise RecordError(f"a harm model without {', '.join(missing)}; write it again with this version")
-        rows, columns = arrays["alpha"].shape
-        for name, shape in (("beta", (rows, columns)), ("loss", (rows,)), ("loss_se", (rows,))):
-            if arrays[name].shape != shape:
-                raise RecordError(f"a harm model whose {name} has shape {arrays[name].shape}, not {shape}")
-        if arrays["below"].shape != (rows, SEVERITIES + 1):
-            raise RecordError("a harm model whose losses have other steps; write it again with this version")
-        return cls(**{field.name: arrays[field.name] for field in fields(cls)})
 
 
 def ambiguous_losses(

@@ -12,7 +12,7 @@ they say is noise, so that few rows never blow up and many rows have the last wo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -44,7 +44,7 @@ SCORED = np.array([0.25, 0.5, 0.75, 0.9, 0.97])
 class UsageModel:
     """Distributions of an amount for C classes × I models; the last row, C, is for a class never seen.
 
-    Arrays only, so that it is stored and loaded without running code (`to_arrays`).
+    Arrays only, so that it is stored and loaded without running code (`artefact`).
     """
 
     level: FloatArray
@@ -168,29 +168,6 @@ class UsageModel:
         inside = np.where(ratio < body[:, :, 0], 1.0, left)
         beyond: FloatArray = np.where(over > 0, self.tail_share * _survival(over, self.tail_index), inside)
         return beyond
-
-    def to_arrays(self) -> dict[str, FloatArray]:
-        """The model as named arrays, for an artefact that holds no code."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, FloatArray]) -> UsageModel:
-        """Inverse of `to_arrays`.
-
-        Raises:
-            RecordError: an array is missing or has another shape.
-        """
-        names = [field.name for field in fields(cls)]
-        missing = [name for name in names if name not in arrays]
-        if missing:
-            raise RecordError(f"a usage model without {', '.join(missing)}; write it again with this version")
-        rows, columns = arrays["level"].shape
-        for name in names:
-            per_model = name in ("least", "tail_share", "tail_index")
-            shape = (columns,) if per_model else (rows, columns, BODY) if name == "body" else (rows, columns)
-            if arrays[name].shape != shape:
-                raise RecordError(f"a usage model whose {name} has shape {arrays[name].shape}, not {shape}")
-        return cls(**{name: arrays[name] for name in names})
 
 
 def cost_from_tokens(

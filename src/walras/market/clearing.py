@@ -11,11 +11,11 @@ import numpy as np
 
 from walras.equation import DEFER
 from walras.market.blocks import Blocks
-from walras.market.dual import Answer, tables
+from walras.market.dual import Answer
 from walras.market.envelopes import scenario_totals
 from walras.market.memory import Memory
 from walras.market.mix import Mix
-from walras.market.planes import Planes, Rows
+from walras.market.planes import Planes, Rows, tables
 from walras.prices import Constraint, Prices
 from walras.quantities import IntArray, Tasks, Uses
 from walras.risk import FloatArray

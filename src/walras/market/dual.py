@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from scipy.sparse import csr_matrix, hstack, vstack
 
+from walras.market.alike import ROUND_OFF, Alike, Split
 from walras.market.memory import Memory, Sums
-from walras.market.planes import Planes, Rows
-from walras.quantities import IntArray
+from walras.market.planes import Rows, tables
 from walras.risk import FloatArray
 
 SAMPLE = 32.0
@@ -42,8 +42,6 @@ CONFIDENCE = 3.0
 """Standard errors of the sample's prices that the first box reaches."""
 TRUST = 0.01
 """Relative size of the first box around prices that were given, unless said otherwise."""
-ROUND_OFF = 1e-12
-"""A share below this is none."""
 TIED = 1e-9
 """Relative size of a box in which whatever is left undecided ties."""
 ALIKE = 300_000
@@ -102,22 +100,6 @@ class Goal:
     """(K,) multipliers that every use pays besides the prices looked for."""
     free: FloatArray
     """(K,) 1 where a price is looked for, 0 where the row is not asked to hold."""
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """What the few tasks get that the prices leave undecided; what is missing to a share of 1 is deferred."""
-
-    among: IntArray
-    """The tasks in question."""
-    task: IntArray
-    use: IntArray
-    share: FloatArray
-
-    @classmethod
-    def none(cls) -> Split:
-        nothing = np.zeros(0, dtype=np.int64)
-        return cls(nothing, nothing, nothing, np.zeros(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -509,7 +491,7 @@ def _narrow(
 def _settle(search: _Search, near: Memory, box: _Box, tolerance: float) -> tuple[Answer | None, FloatArray]:
     """The programme on the tasks of the box, the others being constants: exact, when its prices lie inside."""
     goal, fixed = search.goal, box.fixed
-    alike = _Alike.of(near)
+    alike = Alike.of(near)
     if alike.first.size > KINDS and np.isfinite(box.high).all():
         return None, (box.low + box.high) / 2
     worth, charges, inside = tables(near.planes.take(alike.first), near.rows)
@@ -543,60 +525,6 @@ def _settle(search: _Search, near: Memory, box: _Box, tolerance: float) -> tuple
         near=near,
     )
     return (answer if search.close(answer.dual, answer.objective, tolerance) else None), mu
-
-
-@dataclass(frozen=True, slots=True)
-class _Alike:
-    """Tasks that are the same bit for bit, taken together: they tie for ever, and one column does for all."""
-
-    kind: IntArray
-    """(N,) which kind each task is of."""
-    first: IntArray
-    """(M,) one task of each kind."""
-    weight: FloatArray
-    """(M,) of all tasks of a kind."""
-    each: FloatArray
-    """(N,) weight of each task."""
-
-    @classmethod
-    def of(cls, market: Memory) -> _Alike:
-        p, n = market.planes, len(market)
-        columns = [p.value, p.quality, *p.amounts, *p.declared, p.member]
-        raw = [np.ascontiguousarray(c).view(np.uint8).reshape(n, -1) for c in columns if c.size >= n > 1]
-        key = np.ascontiguousarray(np.concatenate(raw, axis=1)) if raw else np.zeros((n, 1), dtype=np.uint8)
-        whole = key.view(np.dtype((np.void, key.shape[1]))).ravel()
-        _, first, kind = np.unique(whole, return_index=True, return_inverse=True)
-        each = np.broadcast_to(p.weight, n)
-        return cls(kind, first, np.bincount(kind, weights=each).astype(np.float64), each)
-
-    def split(
-        self, ids: IntArray | None, kind: IntArray, use: IntArray, shares: FloatArray, defer: bool
-    ) -> Split:
-        """A kind's shares (kinds ascending) dealt to its tasks one after another: at most one a use is split."""
-        order = np.argsort(self.kind, kind="stable")
-        starts = np.concatenate(([0], np.cumsum(np.bincount(self.kind, minlength=self.first.size))))
-        task, to, share = [], [], []
-        for m in range(self.first.size):
-            mine = order[starts[m] : starts[m + 1]]
-            own = np.flatnonzero((kind == m) & (shares > ROUND_OFF))
-            ends = np.cumsum(shares[own])
-            if not defer:
-                ends /= ends[-1]
-            upto = np.cumsum(self.each[mine]) / self.weight[m]
-            upto[-1] = 1.0
-            below = np.concatenate(([0.0], upto[:-1]))
-            for at, (high, low) in enumerate(zip(ends, [0.0, *ends][:-1], strict=True)):
-                got = np.clip(np.minimum(upto, high) - np.maximum(below, low), 0.0, None) / (upto - below)
-                some = got > ROUND_OFF
-                task.append(mine[some])
-                to.append(np.full(int(some.sum()), use[own[at]]))
-                share.append(np.minimum(got[some], 1.0))
-        if not task:
-            nothing = np.zeros(0, dtype=np.int64)
-            return Split(np.arange(self.kind.size) if ids is None else ids, nothing, nothing, np.zeros(0))
-        tasks = np.concatenate(task)
-        everyone = np.arange(self.kind.size) if ids is None else ids
-        return Split(everyone, everyone[tasks], np.concatenate(to), np.concatenate(share))
 
 
 def _in_reach(box: _Box, net: FloatArray, charges: FloatArray) -> NDArray[np.bool_]:
@@ -730,19 +658,3 @@ def _master(
     shares, slack = np.maximum(answer.x[: gain.size], 0.0), answer.x[gain.size :]
     size = 1e-9 * (1 + np.abs(limits[np.concatenate((over, under))]))
     return (None if (slack > size).any() else shares), mu
-
-
-def tables(p: Planes, rows: Rows) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Of few tasks, in float64: worth at declared prices (N, I), −∞ where not allowed; charges (K, N, I); scopes (K, N)."""
-    n, allowed = len(p), ~np.isnan(p.quality)
-    worth = p.value[:, None] * p.quality.astype(np.float64)
-    for usd, amount in zip(p.declared, p.amounts, strict=True):
-        worth -= np.where(allowed, np.broadcast_to(usd, n)[:, None] * amount, 0.0)
-    charges, inside = np.zeros((len(rows), n, p.width)), np.ones((len(rows), n))
-    for k in range(len(rows)):
-        amount = p.amounts[rows.plane[k]].astype(np.float64)
-        charge = (amount if np.isnan(rows.level[k]) else (amount > rows.level[k])) - rows.offset[k]
-        if rows.scoped[k]:
-            inside[k] = (np.broadcast_to(p.member, n) >> np.uint64(k)) & np.uint64(1)
-        charges[k] = np.where(allowed & (inside[k] > 0)[:, None], charge, 0.0)
-    return np.where(allowed, worth, -np.inf), charges, inside

@@ -15,10 +15,10 @@ import numpy as np
 
 from walras.equation import DEFER
 from walras.errors import InfeasibleError
-from walras.market.dual import solve, tables
+from walras.market.dual import solve
 from walras.market.memory import Memory
 from walras.market.mix import Mix
-from walras.market.planes import Planes, Rows
+from walras.market.planes import Planes, Rows, tables
 from walras.prices import Constraint
 from walras.quantities import Tasks, Uses
 from walras.risk import FloatArray

@@ -238,3 +238,19 @@ def _column(values: FloatArray) -> FloatArray:
     same = values.size and values.strides == (0,)
     column: FloatArray = values[:1].copy() if same else np.ascontiguousarray(values)
     return column
+
+
+def tables(p: Planes, rows: Rows) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Of few tasks, in float64: worth at declared prices (N, I), −∞ where not allowed; charges (K, N, I); scopes (K, N)."""
+    n, allowed = len(p), ~np.isnan(p.quality)
+    worth = p.value[:, None] * p.quality.astype(np.float64)
+    for usd, amount in zip(p.declared, p.amounts, strict=True):
+        worth -= np.where(allowed, np.broadcast_to(usd, n)[:, None] * amount, 0.0)
+    charges, inside = np.zeros((len(rows), n, p.width)), np.ones((len(rows), n))
+    for k in range(len(rows)):
+        amount = p.amounts[rows.plane[k]].astype(np.float64)
+        charge = (amount if np.isnan(rows.level[k]) else (amount > rows.level[k])) - rows.offset[k]
+        if rows.scoped[k]:
+            inside[k] = (np.broadcast_to(p.member, n) >> np.uint64(k)) & np.uint64(1)
+        charges[k] = np.where(allowed & (inside[k] > 0)[:, None], charge, 0.0)
+    return np.where(allowed, worth, -np.inf), charges, inside

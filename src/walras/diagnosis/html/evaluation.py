@@ -18,7 +18,8 @@ from walras.diagnosis.html.evaluation_figures import (
 from walras.diagnosis.html.text import header, notes_on_log, section, small, table
 from walras.diagnosis.routing_report import verdict
 from walras.diagnosis.words import count, interval, number, percent, usd
-from walras.estimate.off_policy import Estimate, OffPolicy
+from walras.estimate.empirical_likelihood import Estimate
+from walras.estimate.off_policy import OffPolicy
 
 
 def evaluation_report(found: Evaluation, title: str) -> str:
