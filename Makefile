@@ -40,12 +40,13 @@ else
 endif
 	@touch $@
 
-demo: $(STAMP) ## make a sample log, audit it, learn a router from it; leaves demo/
+demo: $(STAMP) ## make a sample log, audit it, learn a router and a menu from it; leaves demo/
 	@mkdir -p demo
 	@$(BIN)/walras sample -o demo/sample.parquet
 	@$(BIN)/walras audit demo/sample.parquet --budget-usd 0.012 --sla-s 30 --html demo/report.html
 	@$(BIN)/walras fit demo/sample.parquet -o demo/router
 	@$(BIN)/walras route --router demo/router --class code-edit --value 2 --lambda0 0.001 --prompt "Fix the failing test."
+	@$(BIN)/walras menu --types lognormal:0.1:1.5 --quality-cost demo/sample.parquet --objective revenue
 	@echo "The report: $(CURDIR)/demo/report.html"
 
 test: $(STAMP) ## run the tests (make test ARGS="-m 'not big' -k regret")

@@ -31,11 +31,11 @@ from walras.diagnosis.evaluate import (
     Evaluation,
     Halves,
     Spread,
-    _families,  # the peers are judged on the very halves that `walras evaluate` takes
-    _split,
+    _split,  # the peers are judged on the very halves that `walras evaluate` takes
     evaluate_log,
 )
 from walras.estimate.estimates import fit_estimates, requests_of
+from walras.estimate.near import families
 from walras.estimate.quality import QualityModel, Requests, fit_quality, one_request
 from walras.estimate.text import read_texts
 from walras.quantities import Labels
@@ -129,7 +129,7 @@ class Bench:
         log = read_log([path], also=("prompt",))
         known = ~np.isnan(log.per_use["quality"] + log.per_use["cost_usd"]).any(axis=1)
         log = log.take(np.flatnonzero(known), np.arange(len(log.models)))
-        family = _families(requests_of(log))
+        family = families(requests_of(log).texts)
         apart = np.bincount(family)[family] > 1
         assert log.task_class is not None
         twins = {name: float(apart[log.task_class.equal(name)].mean()) for name in log.task_class.names}

@@ -6,7 +6,8 @@ Three kinds of thing, in README.md and in every page under docs/:
 - in a ```console block, the output under each `$ walras …`, `$ make demo` and `$ echo $?` is what it prints, in a
   folder of the page's own that holds sample.parquet (`walras sample -o sample.parquet`); where a block shows a line
   `[…]`, only as many lines above and below it are shown as before. Other commands are not run;
-- a ```python block is run as a doctest, and a ```toml block is written to economy.toml, in page order.
+- a ```python block is run as a doctest, a ```toml block is written to economy.toml, and a ```csv block to the file that
+  the line above it names (`models.csv`:), in page order.
 
 tests/test_docs.py calls `rewrite` too, and fails where a page would change.
 """
@@ -26,7 +27,7 @@ from unittest import mock
 
 from rich.console import Console
 
-from walras import cli, errors
+from walras import cli, console, errors
 from walras.records import COLUMNS
 from walras.simulate.sample import write_sample
 
@@ -91,12 +92,12 @@ TABLES: dict[str, Callable[[], str]] = {
 def _run(command: str, folder: Path) -> tuple[int, str]:
     """Exit code and output of one `walras …` command."""
     text, code = io.StringIO(), 0
-    console = Console(file=text, width=WIDTH)
+    page = Console(file=text, width=WIDTH)
     with (
         contextlib.chdir(folder),
         contextlib.redirect_stdout(text),
         contextlib.redirect_stderr(text),
-        mock.patch.multiple(cli, out=console, err=console),
+        mock.patch.multiple(console, out=page, err=page),
         mock.patch.object(sys, "argv", shlex.split(command)),
     ):
         try:
@@ -162,7 +163,10 @@ def rewrite(text: str, sample: Path) -> tuple[str, list[str]]:
         (folder / "sample.parquet").symlink_to(sample)
 
         def block(found: re.Match[str]) -> str:
-            kind, body = found[1], found[2]
+            file, kind, body = found[1], found[2], found[3]
+            if kind == "csv":
+                (folder / file).write_text(body, encoding="utf-8")
+                return found[0]
             if kind == "console":
                 body = _console(body, folder, failures)
             elif kind == "toml":
@@ -172,13 +176,15 @@ def rewrite(text: str, sample: Path) -> tuple[str, list[str]]:
                 with contextlib.chdir(folder):
                     runner.run(test, out=failures.append, clear_globs=False)
                 names.update(test.globs)
-            return f"```{kind}\n{body}```"
+            return f"```{kind}\n{body}```"  # only a csv block has a name above it
 
         def table(found: re.Match[str]) -> str:
             return f"<!-- generated: {found[1]} -->\n\n{TABLES[found[1]]()}\n\n<!-- end -->"
 
         text = re.sub(r"<!-- generated: ([a-z ]+) -->.*?<!-- end -->", table, text, flags=re.S)
-        text = re.sub(r"^```(console|toml|python)\n(.*?)^```", block, text, flags=re.S | re.M)
+        text = re.sub(
+            r"(?:^`(\S+\.csv)`:\n\n)?^```(console|toml|python|csv)\n(.*?)^```", block, text, flags=re.S | re.M
+        )
     return text, failures
 
 

@@ -29,7 +29,7 @@ def test_everything_that_can_be_said(path: Path) -> None:
     row = {
         "request_id": "a", "prompt": "2 + 2?", "class": "sums", "tenant": "acme", "value_usd": 0.5,
         "cached_tokens": {"small": 12, "large": 0.0}, "facts": {"language": "es", "try": 2, "paid": True, "no": None},
-        "embedding": [0.25, -1],
+        "embedding": [0.25, -1], "certainty": 1,
     }  # fmt: skip
     (one,) = read_asks(write_jsonl(path, [row]))
     assert one == Asked(
@@ -41,6 +41,7 @@ def test_everything_that_can_be_said(path: Path) -> None:
         cached_tokens={"small": 12.0, "large": 0.0},
         facts={"language": "es", "try": "2", "paid": "true"},
         embedding=(0.25, -1.0),
+        certainty=1.0,
     )
     assert set(row) | {"messages"} == set(KNOWN)
 
@@ -118,6 +119,8 @@ def test_messages_are_all_their_text(path: Path) -> None:
         ('{"prompt": "a", "request_id": 1.5}', "request_id", "expected text or a whole number"),
         ('{"prompt": "a", "request_id": false}', "request_id", "expected text or a whole number"),
         ('{"prompt": "a", "request_id": "\\ud800"}', "request_id", "half a character"),
+        ('{"prompt": "a", "certainty": 1.01}', "certainty", "is 1.01, expected a number from 0 to 1"),
+        ('{"prompt": "a", "certainty": "high"}', "certainty", "expected a number"),
         ('{"prompt": "a", "embedding": "b"}', "embedding", "number"),
         ('{"prompt": "a", "embedding": [1, null]}', "embedding", "number"),
         ('{"prompt": "a", "embedding": [NaN]}', "embedding", "number"),

@@ -97,8 +97,18 @@ def vectors(rng: np.random.Generator, n: int) -> World:
     return Requests(read_texts(prose(rng, n)), labels(np.zeros(n)), vectors=places), 1 / (1 + np.exp(-logit))
 
 
+def sure_or_lost(rng: np.random.Generator, n: int) -> World:
+    """The first look helps at both ends and is nowhere linear; a fifth of the looks were never taken."""
+    certainty = rng.random(n)
+    effect = (np.abs(certainty - 0.5) - 0.25)[:, None] * np.array([1.6, -1.6, 0.8])
+    certainty[rng.random(n) < 0.2] = np.nan
+    requests = Requests(read_texts(prose(rng, n)), labels(np.zeros(n)), certainty=certainty)
+    return requests, 0.5 + effect
+
+
 WORLDS: dict[str, Callable[[np.random.Generator, int], World]] = {
-    w.__name__: w for w in (only_class, planted_word, length_counts, a_fact, class_and_fact, vectors)
+    w.__name__: w
+    for w in (only_class, planted_word, length_counts, a_fact, class_and_fact, vectors, sure_or_lost)
 }
 
 
@@ -135,6 +145,8 @@ def test_text_that_says_nothing_leaves_the_class_mean() -> None:
         ("a_fact", False),
         ("a_fact", True),
         ("vectors", False),
+        ("sure_or_lost", False),
+        ("sure_or_lost", True),
     ],
 )
 def test_signal_is_found(world: str, partial: bool) -> None:
@@ -149,6 +161,34 @@ def test_signal_is_found(world: str, partial: bool) -> None:
         ours += ((model.predict(some).mean - p[asked]) ** 2).mean()
         plain += ((by_class(model, some) - p[asked]) ** 2).mean()
     assert ours < (0.85 if partial else 0.35) * plain
+
+
+def test_certainty_of_few_values_is_told_apart() -> None:
+    """A vote share out of four, half of the votes lost: each value has its own quality, without a line through them."""
+    rng = np.random.default_rng(5)
+    votes = rng.choice(5, 4000, p=[0.5, 0.05, 0.05, 0.1, 0.3])
+    p = np.array([[0.1, 0.7, 0.5, 0.9, 0.3], [0.9, 0.2, 0.6, 0.6, 0.8], [0.5] * 5]).T
+    requests = Requests(read_texts([None] * 4000), labels(np.zeros(4000)), certainty=votes / 4)
+    model = fit_quality(requests, MODELS, tossed(rng, p[votes]))
+    each = Requests(
+        read_texts([None] * 6), labels(np.zeros(6)), certainty=np.array([*np.arange(5) / 4, np.nan])
+    )
+    said = model.predict(each).mean
+    assert_allclose(said[:5], p, atol=0.1)
+    # Nothing known of it, by a NaN or by no column at all: the centre of those it was learned from.
+    assert_allclose(said[5], by_class(model, each)[5], atol=1e-9)
+    assert_array_equal(model.predict(replace(each, certainty=None)).mean, said[[5] * 6])
+
+
+def test_certainty_is_ignored_where_it_was_never_seen() -> None:
+    rng = np.random.default_rng(6)
+    requests, p = planted_word(rng, 400)
+    model = fit_quality(requests, MODELS, tossed(rng, p))
+    sure = replace(requests, certainty=rng.random(400))
+    assert_array_equal(model.predict(sure).mean, model.predict(requests).mean)
+    nowhere = replace(requests, certainty=np.full(400, np.nan))
+    same = fit_quality(nowhere, MODELS, tossed(np.random.default_rng(7), p))
+    well_formed(same.predict(sure), 400, 3)
 
 
 @pytest.mark.parametrize("partial", [False, True])

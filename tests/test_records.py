@@ -140,7 +140,7 @@ ROW = {
     "request_id": "r1", "model": "m", "quality": 0.5, "cost_usd": 0.25, "latency_s": 2.0, "risk": 0.125,
     "irreversible_risk": 0.0625, "loss_usd": 0.5, "risk_scenarios": [0.0, 0.25], "chosen": True,
     "propensity": 0.75, "value_usd": 3.0, "tenant": "t", "class": "c", "prompt": "p", "embedding": [0.5, -1.0],
-    "time_s": 9.0, "input_tokens": 10.0, "cached_input_tokens": 4.0, "output_tokens": 5.0,
+    "certainty": 0.875, "time_s": 9.0, "input_tokens": 10.0, "cached_input_tokens": 4.0, "output_tokens": 5.0,
     "reasoning_tokens": 1.0,
 }  # fmt: skip
 
@@ -339,6 +339,30 @@ def test_facts_must_agree_within_a_request(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="differs from an earlier row of the same request") as caught:
         read_log([path], facts=("language",))
     assert (caught.value.row, caught.value.field) == (4, "language")
+
+
+def test_certainty_is_of_the_request(tmp_path: Path) -> None:
+    rows = [*told(1, certainty=0.25), *told(2, certainty=None), *told(3, certainty=1.0)]
+    for suffix in (".jsonl", ".parquet"):
+        log = read_log([write(tmp_path / f"a{suffix}", rows)])
+        assert log.certainty is not None
+        np.testing.assert_array_equal(log.certainty, [0.25, np.nan, 1.0])
+        (turned,) = (log.take(np.array([2, 0]), np.array([1])).certainty,)
+        np.testing.assert_array_equal(turned, [1.0, 0.25])
+    assert read_log([write(tmp_path / "b.jsonl", told(1))]).certainty is None
+
+
+def test_certainty_of_each_answer_is_refused(tmp_path: Path) -> None:
+    """What the answer to one model said of itself is not known before that model is chosen."""
+    first, second = told(2, certainty=0.5)
+    path = write(tmp_path / "a.jsonl", [*told(1, certainty=0.5), first, {**second, "certainty": 0.75}])
+    with pytest.raises(
+        RecordError, match=r"same request \(how sure each answer was is known too late"
+    ) as caught:
+        read_log([path])
+    assert (caught.value.row, caught.value.field) == (4, "certainty")
+    with pytest.raises(RecordError, match=r"row 1, column 'certainty'"):
+        read_log([write(tmp_path / "b.jsonl", told(1, certainty=1.5))])
 
 
 @pytest.mark.parametrize("name", ["quality", "chosen", "risk_scenarios", "time_s"])

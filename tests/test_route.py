@@ -631,6 +631,27 @@ def test_vectors_of_requests_have_one_length(golden: Estimates) -> None:
         ask_of(golden, many([{"embedding": (1.0, 2.0)}, {}, {"embedding": (1.0, 2.0, 3.0)}]))
 
 
+def test_certainty_decides_how_much_effort(tmp_path: Path) -> None:
+    """Little effort is right as often as the first look was sure, much effort always: worth 0.5 USD below half."""
+    rows = [
+        {
+            "request_id": f"r{k}", "model": effort, "class": "all", "certainty": k % 11 / 10,
+            "quality": 1.0 if effort == "high" else k % 11 / 10, "cost_usd": 0.6 if effort == "high" else 0.1,
+        }
+        for k in range(220)
+        for effort in ("low", "high")
+    ]  # fmt: skip
+    log = write_jsonl(tmp_path / "log.jsonl", rows)
+    asked = many([{"certainty": c, "task_class": "all"} for c in (0.0, 0.45, 0.55, 1.0, None)])
+    estimates = learned(log)
+    routing = route(estimates, ask_of(estimates, asked), Economy(value=1.0))
+    np.testing.assert_allclose(routing.uses.quality[:, 0], [0.0, 0.45, 0.55, 1.0, 0.5], atol=0.005)
+    assert [routing.model(row) for row in range(4)] == ["high", "high", "low", "low"]
+    blind = learned(write_jsonl(log, [{k: v for k, v in row.items() if k != "certainty"} for row in rows]))
+    unread = route(blind, ask_of(blind, asked), Economy(value=1.0))
+    np.testing.assert_allclose(unread.uses.quality[:, 0], 0.5)
+
+
 def test_a_longer_prompt_costs_what_it_cost_in_the_log(tmp_path: Path) -> None:
     """Money is linear in the prompt's bytes here; by its length alone a request moves to the flat-rate model."""
     rows = [

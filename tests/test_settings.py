@@ -13,13 +13,14 @@ from walras.cli import ECONOMY_OPTIONS, app
 from walras.errors import SettingsError
 from walras.prices import Constraint, Scope
 from walras.risk import CVaR, Expectation, MaxMin
-from walras.settings import Economy, Resource, TaskClass, Tenant, load_economy, settings_rows
+from walras.settings import Economy, MenuSettings, Resource, TaskClass, Tenant, load_economy, settings_rows
 
 TABLES: dict[str, type[BaseModel]] = {
     "": Economy,
     "tenants.NAME.": Tenant,
     "classes.NAME.": TaskClass,
     "resources.NAME.": Resource,
+    "menu.": MenuSettings,
 }
 
 
@@ -89,7 +90,7 @@ def test_help_shows_the_settings() -> None:
 
 
 def test_every_scalar_setting_is_an_option() -> None:
-    only_in_files = {"risk_beliefs", "tenants", "classes", "resources", "columns"}
+    only_in_files = {"risk_beliefs", "tenants", "classes", "resources", "menu", "columns"}
     assert set(ECONOMY_OPTIONS) == set(Economy.model_fields) - only_in_files
 
 

@@ -10,23 +10,23 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from walras import console
 from walras.demand.route import Exploring, ask_of, search
 from walras.demand.route import route as route_requests
 from walras.demand.search import Verifier
 from walras.diagnosis.audit import audit_log, price_log
 from walras.diagnosis.contract import audit_data, prices_data, shard_prices_data, to_json
 from walras.diagnosis.evaluate import evaluate_log
+from walras.diagnosis.menu_report import check_data, check_screen, menu_data, menu_screen
+from walras.diagnosis.published import check_file, publish
 from walras.diagnosis.routing_report import (
     drift_data,
     drift_screen,
@@ -38,13 +38,13 @@ from walras.diagnosis.routing_report import (
 from walras.diagnosis.shard_prices import Engine, is_shards, price_shards, write_shard
 from walras.diagnosis.terminal import audit_screen, prices_screen, shard_prices_screen
 from walras.diagnosis.words import count
-from walras.errors import OutputError, SettingsError, WalrasError, nearest
+from walras.errors import NotCleared, SettingsError, WalrasError, nearest
 from walras.estimate.estimates import ALSO, Estimates, fit_estimates
 from walras.estimate.watch import watch_log
 from walras.market.gpu import cuda
 from walras.records import COLUMNS, Log, read_log
 from walras.routing_options import read_asked, read_live, read_live_prices, read_policy
-from walras.settings import Economy, load_economy, settings_rows
+from walras.settings import Economy, MenuSettings, load_economy, settings_rows
 from walras.simulate.sample import write_sample
 
 app = typer.Typer(
@@ -54,8 +54,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     epilog=(__doc__ or "").split("\n\n")[1].replace("\n", " "),
 )
-out, err = Console(), Console(stderr=True)
-
 
 Logs = Annotated[
     list[Path], typer.Argument(help="Records: .parquet, .csv or .jsonl, one row per (request, model)")
@@ -133,9 +131,9 @@ def takes_economy(*without: str) -> Callable[[Callable[..., None]], Callable[...
 def audit(logs: Logs, economy: Economy, json: Json = False, html: Html = None, seed: Seed = 0) -> None:
     """What a log's constraints are worth, what each request cost, and what was left on the table."""
     if html is not None:
-        _check_writable(html)
+        console.check_writable(html)
     log = _read(logs, economy)
-    with _steps() as on_step:
+    with console.steps() as on_step:
         result = audit_log(log, economy, seed=seed, on_step=on_step)
     title = _title(logs)
     if html is not None:
@@ -143,11 +141,11 @@ def audit(logs: Logs, economy: Economy, json: Json = False, html: Html = None, s
 
         write_html(result, html, title)
     if json:
-        _print(to_json(audit_data(result)))
+        console.show(to_json(audit_data(result)))
         return
-    _print(audit_screen(result, f"audit of {title}", out.width))
+    console.show(audit_screen(result, f"audit of {title}", console.out.width))
     if html is not None:
-        _print(Text(f"Report: {html}", style="green"))
+        console.show(Text(f"Report: {html}", style="green"))
 
 
 @app.command()
@@ -169,7 +167,7 @@ def prices(
     """The price of each constraint, with its certificate; nothing else. Takes a log, or a market in shards."""
     _check_engine(logs, engine, ray_address, state)
     title = f"prices of {_title(logs)}"
-    with _steps() as on_step:
+    with console.steps() as on_step:
 
         def on_pass(number: int, gap: float, mu: Any) -> None:
             known = f"gap {gap:.1e}" if math.isfinite(gap) else "no bound yet"
@@ -179,11 +177,15 @@ def prices(
             found = price_shards(
                 logs, economy, engine=engine, ray_address=ray_address, state=state, on_pass=on_pass
             )
-            _print(to_json(shard_prices_data(found)) if json else shard_prices_screen(found, title))
+            console.show(to_json(shard_prices_data(found)) if json else shard_prices_screen(found, title))
             return
         log = _read(logs, economy)
         case, clearing = price_log(log, economy, on_pass, xp=cuda() if engine == "gpu" else None)
-    _print(to_json(prices_data(case, clearing)) if json else prices_screen(case, clearing, title, out.width))
+    console.show(
+        to_json(prices_data(case, clearing))
+        if json
+        else prices_screen(case, clearing, title, console.out.width)
+    )
 
 
 @app.command()
@@ -199,13 +201,13 @@ def shards(
 ) -> None:
     """Turn logs into a market in shards, which `walras prices` can stream or leave on a cluster."""
     economy = load_economy(settings, {"value": value})
-    _check_folder(folder)
+    console.check_folder(folder)
     for path in logs:
         to = folder / f"{path.stem}.parquet"
-        with _writing(to):
+        with console.writing(to):
             n, models = write_shard(_read([path], economy), economy, to)
         said = f"{to}: {n:,} tasks × {models} models"
-        err.print(said, markup=False, highlight=False, soft_wrap=True)
+        console.say(said)
 
 
 FactColumns = Annotated[
@@ -235,14 +237,14 @@ def fit(
         also=("prompt", "embedding", *ALSO),
         facts=tuple(fact or ()),
     )
-    with _steps() as on_step:
+    with console.steps() as on_step:
         on_step(f"learning from {len(log):,} requests")
         estimates = fit_estimates(log, seed=seed)
     about = {"logs": [p.name for p in logs], "rows": log.rows, "requests": len(log), "seed": seed}
     about |= {"models": list(log.models), "synthetic": log.synthetic}
     estimates.save(output, about)
     said = f"{output}: a router over {count(len(log.models), 'models')}, learned from {count(len(log), 'requests')}"
-    err.print(said, markup=False, highlight=False, soft_wrap=True)
+    console.say(said)
 
 
 @app.command()
@@ -308,7 +310,7 @@ def route(
     if verifier_accuracy is not None:
         plan = search(estimates, ask, routing, Verifier.accurate(verifier_accuracy), verifier_usd)
     title = f"route by {router.name}" + (f" · {len(asked):,} requests" if jsonl else "")
-    _print(to_json(routing_data(routing, plan)) if json else routing_screen(routing, title, plan))
+    console.show(to_json(routing_data(routing, plan)) if json else routing_screen(routing, title, plan))
 
 
 @app.command()
@@ -326,10 +328,10 @@ def evaluate(
 ) -> None:
     """Would a router learned from this log have helped? Fit on one half, judge on the other: regret, calibration."""
     if html is not None:
-        _check_writable(html)
+        console.check_writable(html)
     economy = _with_class(economy, class_column)
     log = _read(logs, economy, also=("prompt", "embedding", "propensity"), facts=tuple(fact or ()))
-    with _steps() as on_step:
+    with console.steps() as on_step:
         found = evaluate_log(log, economy, seeds=seeds, on_step=on_step)
     title = f"evaluation of {_title(logs)}"
     if html is not None:
@@ -337,11 +339,11 @@ def evaluate(
 
         write_evaluation(found, html, title)
     if json:
-        _print(to_json(evaluation_data(found)))
+        console.show(to_json(evaluation_data(found)))
         return
-    _print(evaluation_screen(found, title, seeds))
+    console.show(evaluation_screen(found, title, seeds))
     if html is not None:
-        _print(Text(f"Report: {html}", style="green"))
+        console.show(Text(f"Report: {html}", style="green"))
 
 
 @app.command()
@@ -363,7 +365,110 @@ def drift(
         logs, _with_class(economy, class_column), also=("prompt", "embedding"), facts=tuple(fact or ())
     )
     found = watch_log(estimates, log, alpha=alpha)
-    _print(to_json(drift_data(found)) if json else drift_screen(found, f"drift of {router.name}"))
+    console.show(to_json(drift_data(found)) if json else drift_screen(found, f"drift of {router.name}"))
+
+
+menu = typer.Typer(
+    help="Tiers among which users tell what their requests are worth: design a menu, or check one.",
+    invoke_without_command=True,
+)
+app.add_typer(menu, name="menu")
+Types = Annotated[
+    str | None,
+    typer.Option(
+        help="What requests are worth: uniform:LOW:HIGH, exponential:MEAN, lognormal:MEDIAN:SIGMA, a table, or a log"
+    ),
+]
+QualityCost = Annotated[
+    str | None, typer.Option(help="What quality costs: quadratic (q²/2), a table of offerings, or a log")
+]
+Lambda0 = Annotated[float | None, typer.Option(help=Economy.model_fields["lambda0"].description)]
+
+
+@menu.callback()
+def design_menu(
+    context: typer.Context,
+    settings: Annotated[
+        Path | None, typer.Option(help="Settings file, economy.toml; options given here override it")
+    ] = None,
+    types: Types = None,
+    quality_cost: QualityCost = None,
+    objective: Annotated[
+        Literal["welfare", "revenue"] | None,
+        typer.Option(
+            help="What is made as large as possible: welfare, or revenue less cost (default welfare)"
+        ),
+    ] = None,
+    tiers: Annotated[
+        int | None, typer.Option(help="Most tiers; people read 3 to 5 (default 4)", min=1, max=100)
+    ] = None,
+    recover_usd: Annotated[
+        float | None, typer.Option(help=MenuSettings.model_fields["recover_usd"].description)
+    ] = None,
+    family: Annotated[
+        Literal["empirical", "lognormal", "exponential", "uniform"] | None,
+        typer.Option(help=MenuSettings.model_fields["family"].description),
+    ] = None,
+    lambda0: Lambda0 = None,
+    offered: Annotated[
+        Path | None, typer.Option(help="The menu that a table of choices was made from")
+    ] = None,
+    routed: Annotated[
+        bool, typer.Option("--routed", help="Tiers route inside, by a router learned from the log")
+    ] = False,
+    prices: Annotated[
+        Path | None, typer.Option(help="Live prices: what `walras prices --json` printed")
+    ] = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Design the best menu of tiers for users who know what their requests are worth, and may lie about it."""
+    if context.invoked_subcommand is not None:
+        return
+    own = {
+        "types": types,
+        "quality_cost": quality_cost,
+        "objective": objective,
+        "tiers": tiers,
+        "recover_usd": recover_usd,
+        "family": family,
+    }
+    given = {key: value for key, value in own.items() if value is not None}
+    economy = load_economy(settings, {"menu": given, "lambda0": lambda0})
+    live = None if prices is None else read_live_prices(prices)
+    with console.steps() as on_step:
+        found = publish(
+            economy, _read_for_menu, prices=live, offered=offered, routed=routed, seed=seed, on_step=on_step
+        )
+    console.show(to_json(menu_data(found)) if json else menu_screen(found, "menu"))
+
+
+@menu.command("check")
+def check_menu(
+    file: Annotated[Path, typer.Argument(help="A menu: JSON as `walras menu` prints it, or CSV")],
+    types: Types = None,
+    quality_cost: QualityCost = None,
+    lambda0: Lambda0 = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Gains by lying that are let pass, USD per request", min=0)
+    ] = 1e-9,
+    json: Json = False,
+) -> None:
+    """Does anybody gain by lying? Verify every constraint of any menu; exit code 6 where one does not hold."""
+    economy = load_economy(None, {"menu": {"types": types, "quality_cost": quality_cost}, "lambda0": lambda0})
+    checked = check_file(file, economy, _read_for_menu, tolerance)
+    console.show(to_json(check_data(checked)) if json else check_screen(checked, f"check of {file.name}"))
+    if not checked.holds:
+        worst = checked.lies[0]
+        raise NotCleared(
+            f"{file}: {len(checked.lies)} constraints are violated, by up to {worst.gain:.6g} USD",
+            certificate=checked.certificate,
+        )
+
+
+def _read_for_menu(path: Path, economy: Economy, prompts: bool) -> Log:
+    also = ("prompt", "embedding", *ALSO) if prompts else ()
+    return _read([path], economy, losses=prompts and economy.needs_losses, also=also)
 
 
 @app.command()
@@ -373,10 +478,10 @@ def sample(
     seed: Annotated[int, typer.Option(help="Same seed, same log", min=0)] = 0,
 ) -> None:
     """Write a synthetic sample log: realistic in shape, all of it drawn from tables in the code."""
-    with _bar("writing", tasks) as advance, _writing(output):
+    with console.bar("writing", tasks) as advance, console.writing(output):
         write_sample(output, tasks, seed, advance)
     said = f"{output}: a synthetic log of {tasks:,} requests (seed {seed})"
-    err.print(said, markup=False, highlight=False, soft_wrap=True)
+    console.say(said)
 
 
 @app.command()
@@ -384,18 +489,18 @@ def settings(json: Json = False) -> None:
     """Every setting of economy.toml and its meaning, as a Markdown table."""
     if json:
         keys = ("setting", "type", "default", "meaning")
-        _print(to_json({"settings": [dict(zip(keys, row, strict=True)) for row in settings_rows()]}))
+        console.show(to_json({"settings": [dict(zip(keys, row, strict=True)) for row in settings_rows()]}))
         return
     lines = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
     for row in settings_rows():
         key, *rest = (cell.replace("|", "\\|") for cell in row)
         lines.append(f"| `{key}` | " + " | ".join(rest) + " |")
-    _print("\n".join(lines))
+    console.show("\n".join(lines))
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        _print(f"walras {version('walras')}")
+        console.show(f"walras {version('walras')}")
         raise typer.Exit
 
 
@@ -446,7 +551,9 @@ def _read(
     if economy.value_column:
         names["value_usd"] = economy.value_column
     extra = [resource.column for resource in economy.resources.values()]
-    with _bar("reading", sum(p.stat().st_size for p in paths if p.is_file()), of_bytes=True) as advance:
+    with console.bar(
+        "reading", sum(p.stat().st_size for p in paths if p.is_file()), of_bytes=True
+    ) as advance:
         done = 0
 
         def on_rows(_: int, read: int) -> None:
@@ -469,56 +576,6 @@ def _title(paths: list[Path]) -> str:
     return paths[0].name if len(paths) == 1 else f"{paths[0].name} and {len(paths) - 1} more"
 
 
-@contextmanager
-def _bar(what: str, total: int, *, of_bytes: bool = False) -> Iterator[Any]:
-    """A progress bar on stderr, shown only on a terminal; yields a function that advances it."""
-    columns = [
-        TextColumn(what),
-        BarColumn(),
-        DownloadColumn() if of_bytes else TextColumn("{task.completed:,}"),
-    ]
-    with Progress(
-        *columns, TimeElapsedColumn(), console=err, transient=True, disable=not err.is_terminal
-    ) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda step: bar.advance(task, step)
-
-
-@contextmanager
-def _steps() -> Iterator[Any]:
-    """A spinner with the current step; yields a function that names it."""
-    columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda step: bar.update(task, description=step)
-
-
-def _print(what: RenderableType) -> None:
-    """To standard output: text as it is, anything else as rich renders it."""
-    text = f"{what}\n"
-    if not isinstance(what, str):
-        with out.capture() as captured:
-            out.print(what)
-        text = captured.get()
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        # What could not be written is still in the buffer, and Python would try again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # the reader, `| head`, has seen enough
-            sys.exit(0)
-        raise OutputError(f"standard output: cannot be written: {error.strerror or error}") from error
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
 def _check_engine(paths: list[Path], engine: Engine, ray_address: str | None, state: Path | None) -> None:
     if ray_address is not None and engine != "ray":
         raise SettingsError("is only for --engine ray", key="--ray-address")
@@ -530,21 +587,6 @@ def _check_engine(paths: list[Path], engine: Engine, ray_address: str | None, st
         )
     if state is not None:
         raise SettingsError("is only for a market in shards", key="--state")
-
-
-def _check_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be made: {error.strerror or error}") from error
-
-
-def _check_writable(path: Path) -> None:
-    """Fail before the work, not after it."""
-    if path.is_dir():
-        raise OutputError(f"{path}: cannot be written: it is a folder")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: cannot be written: no folder '{path.parent}'")
 
 
 def main() -> None:
@@ -568,5 +610,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    err.print(f"walras: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    console.say(f"walras: {message}", style="red")
     sys.exit(code)

@@ -83,6 +83,29 @@ class Resource(_Table):
     hard: bool = Field(False, description="An absolute cap [Z-LEX]: met first, never relaxed")
 
 
+class MenuSettings(_Table):
+    """The tiers to design [Z-5]."""
+
+    types: str | None = Field(
+        None,
+        description="What requests are worth to users: uniform:LOW:HIGH, exponential:MEAN, lognormal:MEDIAN:SIGMA, "
+        "or a file",
+    )
+    quality_cost: str | None = Field(
+        None, description="What quality costs: quadratic (q²/2), a file of offerings, or a log"
+    )
+    objective: Literal["welfare", "revenue"] = Field(
+        "welfare", description="What is made as large as possible: welfare, or revenue less cost"
+    )
+    tiers: Annotated[int, Field(ge=1, le=100)] = Field(4, description="Most tiers; people read 3 to 5")
+    recover_usd: Amount = Field(
+        0.0, description="Profit that objective 'welfare' must leave, USD per request: fixed costs"
+    )
+    family: Literal["empirical", "lognormal", "exponential", "uniform"] | None = Field(
+        None, description="Law fitted to a sample of types (default empirical) or to choices (lognormal)"
+    )
+
+
 class Economy(Group):
     """Everything an operator declares."""
 
@@ -108,6 +131,9 @@ class Economy(Group):
     tenants: dict[str, Tenant] = Field(default_factory=dict, description="Tables by tenant")
     classes: dict[str, TaskClass] = Field(default_factory=dict, description="Tables by task class")
     resources: dict[str, Resource] = Field(default_factory=dict, description="Tables by resource")
+    menu: MenuSettings = Field(
+        default_factory=lambda: MenuSettings.model_validate({}), description="Table of the menu to design"
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Names of the log's columns: schema column = column of the log"
     )
@@ -208,6 +234,8 @@ class Economy(Group):
 def load_economy(path: Path | None, overrides: dict[str, Any]) -> Economy:
     """Settings from a file, if any, with `overrides` (the command line) on top; None overrides nothing.
 
+    Overrides of the tables `columns` and `menu` are merged key by key.
+
     Raises:
         SettingsError: unreadable file, unknown key (with the nearest known one), or a value out of range.
     """
@@ -224,14 +252,25 @@ def load_economy(path: Path | None, overrides: dict[str, Any]) -> Economy:
     for a, b in (("budget_usd", "budget_total_usd"), ("budget_total_usd", "budget_usd")):
         if a in given and b not in given:
             data.pop(b, None)
-    mapped = given.pop("columns", {})
-    if mapped:
-        in_file = data.get("columns", {})
-        data["columns"] = {**in_file, **mapped} if isinstance(in_file, dict) else in_file
+    if path is not None:
+        _beside(path, data.get("menu"))
+    for table in ("columns", "menu"):
+        own = given.pop(table, {})
+        if own:
+            in_file = data.get(table, {})
+            data[table] = {**in_file, **own} if isinstance(in_file, dict) else in_file
     try:
         return Economy.model_validate({**data, **given})
     except ValidationError as error:
         raise _explain(error, path, given) from error
+
+
+def _beside(path: Path, menu: object) -> None:
+    """Files that the menu's table names lie beside the settings file, wherever the command is run."""
+    if isinstance(menu, dict):
+        for key in ("types", "quality_cost"):
+            if isinstance(menu.get(key), str) and (path.parent / menu[key]).is_file():
+                menu[key] = str(path.parent / menu[key])
 
 
 def _explain(error: ValidationError, path: Path | None, options: Collection[str]) -> SettingsError:
@@ -242,7 +281,12 @@ def _explain(error: ValidationError, path: Path | None, options: Collection[str]
         key = "--" + where[0].replace("_", "-")
     if first["type"] == "extra_forbidden":
         table: type[BaseModel] = Economy
-        tables: dict[str, type[BaseModel]] = {"tenants": Tenant, "classes": TaskClass, "resources": Resource}
+        tables: dict[str, type[BaseModel]] = {
+            "tenants": Tenant,
+            "classes": TaskClass,
+            "resources": Resource,
+            "menu": MenuSettings,
+        }
         for part in where[:-1]:
             table = tables.get(part, table)
         return SettingsError("unknown setting", key=key, hint=nearest(where[-1], table.model_fields))
@@ -258,6 +302,7 @@ def settings_rows() -> list[tuple[str, str, str, str]]:
         ("tenants.NAME.", Tenant),
         ("classes.NAME.", TaskClass),
         ("resources.NAME.", Resource),
+        ("menu.", MenuSettings),
     ):
         rows += _describe(table, prefix)
     return rows

@@ -279,10 +279,16 @@ def ask_of(estimates: Estimates, asked: Sequence[Asked]) -> Ask:
             _labels([one.task_class for one in asked]),
             facts,
             _vectors([one.embedding for one in asked]),
+            _numbers([one.certainty for one in asked]),
         ),
-        value=np.array([np.nan if one.value_usd is None else one.value_usd for one in asked]),
+        value=_numbers([one.value_usd for one in asked]),
         cached=cached if cached.any() else None,
     )
+
+
+def _numbers(given: Sequence[float | None]) -> FloatArray:
+    """(N,), NaN where a request has none."""
+    return np.array([np.nan if number is None else number for number in given])
 
 
 def _vectors(given: Sequence[tuple[float, ...] | None]) -> FloatArray | None:

@@ -18,7 +18,7 @@ from walras.errors import RecordError, SettingsError
 from walras.estimate.class_means import class_means
 from walras.estimate.empirical_likelihood import Estimate as Difference
 from walras.estimate.estimates import Estimates, fit_estimates, requests_of
-from walras.estimate.near import NearIndex
+from walras.estimate.near import families
 from walras.estimate.off_policy import Logged, OffPolicy, compare, evaluate_policy
 from walras.estimate.quality import Requests
 from walras.estimate.shrinkage import fit_ridge
@@ -167,7 +167,7 @@ def _judge_complete(log: Log, economy: Economy, complete: BoolArray, seeds: int,
         raise SettingsError(
             "leaves no model for every request, so no fixed one to compare with", key="forbidden_models"
         )
-    family = _families(study.requests)
+    family = families(study.requests.texts)
     rows, per_request = [], np.full((seeds, len(whole)), np.nan)
     tally = _Tally()
     picks = np.zeros(len(whole.models))
@@ -219,20 +219,6 @@ def _split(family: IntArray, seed: int) -> tuple[IntArray, IntArray]:
     first = order[np.cumsum(size) <= family.size // 2]
     inside = np.isin(family, first)
     return np.flatnonzero(inside), np.flatnonzero(~inside)
-
-
-def _families(requests: Requests) -> IntArray:
-    """Requests joined by being near-duplicates, directly or through others, (N,): 0, 1, …"""
-    n = len(requests)
-    everyone = np.zeros(n, dtype=np.int64)
-    near = NearIndex.of(requests.texts, everyone).find(requests.texts, everyone, itself=True)
-    who, which = np.nonzero(near.row >= 0)
-    from scipy.sparse import coo_array  # noqa: PLC0415 - only a complete log needs it
-    from scipy.sparse.csgraph import connected_components  # noqa: PLC0415
-
-    links = coo_array((np.ones(who.size), (who, near.row[who, which])), shape=(n, n))
-    family: IntArray = connected_components(links, directed=False)[1].astype(np.int64)
-    return family
 
 
 def _judge_half(

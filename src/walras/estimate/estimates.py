@@ -252,13 +252,13 @@ def _length(requests: Requests) -> FloatArray:
 
 
 def requests_of(log: Log) -> Requests:
-    """What a log knew of its requests before they were answered: text, class, tenant and facts."""
+    """What a log knew of its requests before they were answered: text, class, tenant, facts, vectors and certainty."""
     n = len(log)
     facts = dict(log.facts)
     if log.tenant is not None:
         facts["tenant"] = log.tenant
     texts = read_texts(log.prompts if log.prompts is not None else [None] * n)
-    return Requests(texts, log.task_class or Labels.none(n), facts, log.embeddings)
+    return Requests(texts, log.task_class or Labels.none(n), facts, log.embeddings, log.certainty)
 
 
 def fit_estimates(log: Log, requests: Requests | None = None, *, seed: int = 0) -> Estimates:

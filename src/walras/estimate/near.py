@@ -111,6 +111,20 @@ class NearIndex:
         return Neighbours(row, likeness, in_place)
 
 
+def families(texts: Texts) -> IntArray:
+    """Prompts joined by being near-duplicates, directly or through others, (N,): 0, 1, …"""
+    n = len(texts)
+    everyone = np.zeros(n, dtype=np.int64)
+    near = NearIndex.of(texts, everyone).find(texts, everyone, itself=True)
+    who, which = np.nonzero(near.row >= 0)
+    from scipy.sparse import coo_array  # noqa: PLC0415 - deciding must not wait for it to load
+    from scipy.sparse.csgraph import connected_components  # noqa: PLC0415
+
+    links = coo_array((np.ones(who.size), (who, near.row[who, which])), shape=(n, n))
+    family: IntArray = connected_components(links, directed=False)[1].astype(np.int64)
+    return family
+
+
 _SALTS = (np.arange(1, HASHES + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) ^ np.uint64(
     0x2545F4914F6CDD1D
 )

@@ -29,6 +29,8 @@ from walras.risk import FloatArray
 FOLDS = 5
 SMALL = 100
 """Classes with fewer rows share one model of what the prompts say."""
+BENDS = (0.2, 0.4, 0.6, 0.8)
+"""Quantiles of the certainties in the log at which the response to certainty may bend."""
 VALUES = 256
 """Values of one fact that are told apart: an identifier is not a fact, and thousands of columns would never be fitted."""
 
@@ -43,6 +45,8 @@ class Requests:
     """Anything else the caller knows (tenant, language, repository), by name."""
     vectors: FloatArray | None = None
     """Embeddings of the prompts, or any other numbers, by the caller's own means, (N, D); NaN where unknown."""
+    certainty: FloatArray | None = None
+    """How sure a first look was, 0 to 1, (N,); NaN where unknown. [OP-3]"""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -51,7 +55,8 @@ class Requests:
         """The requests at `rows`, in that order."""
         facts = {name: labels.take(rows) for name, labels in self.facts.items()}
         vectors = None if self.vectors is None else self.vectors[rows]
-        return Requests(self.texts.take(rows), self.task_class.take(rows), facts, vectors)
+        certainty = None if self.certainty is None else self.certainty[rows]
+        return Requests(self.texts.take(rows), self.task_class.take(rows), facts, vectors, certainty)
 
 
 def one_request(prompt: str | bytes | None, task_class: str | None = None, **facts: str) -> Requests:
@@ -97,6 +102,8 @@ class Group:
     """What cross-fitting leaves of it, 0 to 1."""
     trust_error: float = 0.0
     """How far that may be from what would be best (root mean square)."""
+    unread: Mapping[str, FloatArray] = field(default_factory=dict)
+    """By block, mean square of what it says of a request, (P,): what is missed of one whose numbers are unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +124,8 @@ class QualityModel:
     """Outcome less class mean of each logged request, (N, M)."""
     scores: FloatArray
     """Cross-fitted |outcome − q̂| of each model, sorted, NaN past the last, (N, M): what intervals are cut from."""
+    bends: FloatArray = field(default_factory=lambda: np.zeros(0))
+    """Certainties at which the response to certainty may bend, ascending, (K,)."""
 
     def class_codes(self, labels: Labels) -> IntArray:
         """Row of `means` for each request, (N,): C for a class never seen."""
@@ -154,6 +163,7 @@ class QualityModel:
             features = _features(name, requests, self, group)
             said += _side_by_side([ridge.predict(features) for ridge in ridges])
             doubt += _side_by_side([ridge.variance(features) for ridge in ridges])
+            doubt[_unknown(features)] += group.unread.get(name, 0.0)
         said = said @ group.basis
         return group.trust * said, doubt @ group.basis**2 + (group.trust_error * said) ** 2
 
@@ -299,6 +309,7 @@ def _fit(requests: Requests, models: tuple[str, ...], quality: FloatArray, reade
         near=near,
         beyond=beyond,
         scores=np.zeros((0, len(models))),
+        bends=_bends(requests.certainty),
     )
     pairs = near.find(requests.texts, classes, itself=True)
     groups = []
@@ -343,7 +354,7 @@ def _fit_group(requests: Requests, beyond: FloatArray, near: Neighbours, model: 
         complete = np.zeros(len(requests), dtype=np.bool_)
     left = _along(beyond, group.basis)
     group, left = _fit_pairs(group, left, near, model)
-    for name in ("facts", "vectors", "cues", "topics"):
+    for name in ("facts", "certainty", "vectors", "cues", "topics"):
         raw = _features(name, requests, model, group)
         if not raw.shape[1]:
             continue
@@ -355,13 +366,17 @@ def _fit_group(requests: Requests, beyond: FloatArray, near: Neighbours, model: 
             else [(~np.isnan(left[:, p]), slice(p, p + 1)) for p in range(m)]
         )
         ridges = tuple(fit_ridge(features[rows], left[rows, columns]) for rows, columns in blocks)
-        left = left - _side_by_side([ridge.predict(features) for ridge in ridges])
+        said = _side_by_side([ridge.predict(features) for ridge in ridges])
+        left = left - said
         if not any(ridge.used.any() for ridge in ridges):
             hidden = _side_by_side([ridge.variance(features) for ridge in ridges]).mean(axis=0)
             group = replace(group, quiet=group.quiet + hidden)
         else:
             group = replace(
-                group, centre={**group.centre, name: centre}, ridges={**group.ridges, name: ridges}
+                group,
+                centre={**group.centre, name: centre},
+                ridges={**group.ridges, name: ridges},
+                unread={**group.unread, name: (said[~_unknown(features)] ** 2).mean(axis=0)},
             )
     return group
 
@@ -400,24 +415,45 @@ def _features(name: str, requests: Requests, model: QualityModel, group: Group) 
     elif name == "topics":
         raw = model.reader.topics(requests.texts)
     elif name == "vectors":
-        return _vectors(requests, group.centre.get(name))
+        return _vectors(requests.vectors, len(requests), group.centre.get(name))
+    elif name == "certainty":
+        return _vectors(_hinges(requests.certainty, model.bends), len(requests), group.centre.get(name))
     else:
         raw = _indicators(requests, model)
     return raw - group.centre[name] if name in group.centre else raw
 
 
-def _vectors(requests: Requests, centre: FloatArray | None) -> FloatArray:
-    """The caller's vectors, (N, D), centred once the centre is known; an unknown one lies there."""
-    if requests.vectors is None:
-        return np.zeros((len(requests), 0 if centre is None else centre.size))
+def _vectors(vectors: FloatArray | None, n: int, centre: FloatArray | None) -> FloatArray:
+    """Numbers of N requests, (N, D), centred once the centre is known; an unknown one lies there."""
+    if vectors is None:
+        return np.zeros((n, 0 if centre is None else centre.size))
     if centre is None:
-        known: BoolArray = np.logical_not(np.isnan(requests.vectors).any(axis=1))
-        middle = requests.vectors[known].mean(axis=0) if known.any() else 0.0
-        return np.where(known[:, None], requests.vectors, middle)
-    if requests.vectors.shape[1] != centre.size:
-        what = f"has {requests.vectors.shape[1]} numbers; the router learned from vectors of {centre.size}"
+        known: BoolArray = np.logical_not(np.isnan(vectors).any(axis=1))
+        middle = vectors[known].mean(axis=0) if known.any() else 0.0
+        return np.where(known[:, None], vectors, middle)
+    if vectors.shape[1] != centre.size:
+        what = f"has {vectors.shape[1]} numbers; the router learned from vectors of {centre.size}"
         raise RecordError(what, field="embedding")
-    return np.nan_to_num(requests.vectors - centre)
+    return np.nan_to_num(vectors - centre)
+
+
+def _unknown(features: FloatArray) -> BoolArray:
+    """Rows at the very centre, (N,): nothing is known there."""
+    unknown: BoolArray = np.logical_not(features.any(axis=1))
+    return unknown
+
+
+def _bends(certainty: FloatArray | None) -> FloatArray:
+    """Quantiles of the distinct certainties, (K,): a vote share of few values must not hide its bends under its mass."""
+    known = np.zeros(0) if certainty is None else np.unique(certainty[~np.isnan(certainty)])
+    return np.quantile(known, BENDS) if known.size > 2 else np.zeros(0)
+
+
+def _hinges(certainty: FloatArray | None, bends: FloatArray) -> FloatArray | None:
+    """Certainty and how far it lies above each bend, (N, K + 1): piecewise linear in sum."""
+    if certainty is None:
+        return None
+    return np.column_stack((certainty, np.maximum(certainty[:, None] - bends, 0.0)))
 
 
 def _levels(labels: Labels) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ KNOWN = (
     "cached_tokens",
     "facts",
     "embedding",
+    "certainty",
 )
 
 
@@ -38,6 +39,8 @@ class Asked:
     facts: Mapping[str, str] | None = None
     embedding: tuple[float, ...] | None = None
     """A vector of the prompt, of the same making as those in the log."""
+    certainty: float | None = None
+    """How sure a first look was, 0 to 1, of the same making as in the log."""
 
 
 def read_asks(path: Path) -> list[Asked]:
@@ -88,6 +91,7 @@ def _ask(path: Path, row: int, line: bytes) -> Asked:
         cached_tokens=_amounts(record.get("cached_tokens"), fault),
         facts=_facts(record.get("facts"), fault),
         embedding=_vector(record.get("embedding"), fault),
+        certainty=_share(record.get("certainty"), "certainty", fault),
     )
 
 
@@ -124,6 +128,13 @@ def _amount(value: Any, key: str, fault: Any) -> float | None:
     if not number or not 0 <= value <= sys.float_info.max:
         raise fault(f"is {value!r:.40}, expected a number ≥ 0", key)
     return float(value)
+
+
+def _share(value: Any, key: str, fault: Any) -> float | None:
+    share = _amount(value, key, fault)
+    if share is not None and share > 1:
+        raise fault(f"is {value!r:.40}, expected a number from 0 to 1", key)
+    return share
 
 
 def _amounts(value: Any, fault: Any) -> dict[str, float] | None:

@@ -23,10 +23,11 @@ UNKNOWN = -1
 """No choice is recorded for the task."""
 
 _PER_USE = ("quality", "cost_usd", "latency_s", "risk", "irreversible_risk")
-_PER_TASK = ("value_usd", "time_s")
+_PER_TASK = ("value_usd", "time_s", "certainty")
 _LABELS = ("tenant", "class")
 _TEXTUAL = ("prompt", "embedding")
 """Columns about a request's text, taken from its first row that has any."""
+_OF_ANSWERS = "how sure each answer was is known too late to choose by: give that column another name"
 _REQUEST, _MODEL = "\0request", "\0model"
 """Codes, kept beside the columns by name: a log may well have a column `request`."""
 
@@ -55,6 +56,8 @@ class Log:
     """Each request's vector, (N, D), NaN where unknown; where it was asked for and is recorded."""
     facts: Mapping[str, Labels] = field(default_factory=dict)
     """Further columns of text that were asked for, by name."""
+    certainty: FloatArray | None = None
+    """How sure a first look at each request was, 0 to 1, NaN where unknown, (N,)."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -79,6 +82,7 @@ class Log:
             prompts=self.prompts and tuple(self.prompts[t] for t in tasks),
             embeddings=None if self.embeddings is None else self.embeddings[tasks],
             facts={name: labels.take(tasks) for name, labels in self.facts.items()},
+            certainty=None if self.certainty is None else self.certainty[tasks],
         )
 
 
@@ -105,7 +109,7 @@ def read_log(
 
     Raises:
         RecordError: see `read_records`; also for a (request, model) pair that occurs twice, for a request whose
-            rows disagree about its value, tenant, class, time or facts, and for a fact that is a number.
+            rows disagree about its value, tenant, class, time, certainty or facts, and for a fact that is a number.
     """
     wrong = next((name for name in facts if name in BY_NAME and BY_NAME[name].type != pa.string()), None)
     if wrong is not None:
@@ -259,6 +263,7 @@ class _Gather:
                 for name in self.facts
                 if (labels := self._labels(name, request, shape[0])) is not None
             },
+            certainty=self._per_task("certainty", request, shape[0]),
         )
 
     def _whole(self, name: str) -> NDArray[Any] | None:
@@ -351,5 +356,9 @@ class _Gather:
         if differs.any():  # … and the others must say the same.
             path, number = self._blame(int(np.argmax(differs)))
             raise RecordError(
-                "differs from an earlier row of the same request", path=path, row=number, field=name
+                "differs from an earlier row of the same request",
+                path=path,
+                row=number,
+                field=name,
+                hint=_OF_ANSWERS if name == "certainty" else None,
             )
