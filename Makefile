@@ -40,17 +40,18 @@ else
 endif
 	@touch $@
 
-demo: $(STAMP) ## make a sample log, audit it, learn a router and a menu from it; leaves demo/
+demo: $(STAMP) ## audit a sample log, learn a router and a menu from it, serve simulated models; leaves demo/
 	@mkdir -p demo
 	@$(BIN)/walras sample -o demo/sample.parquet
 	@$(BIN)/walras audit demo/sample.parquet --budget-usd 0.012 --sla-s 30 --html demo/report.html
 	@$(BIN)/walras fit demo/sample.parquet -o demo/router
 	@$(BIN)/walras route --router demo/router --class code-edit --value 2 --lambda0 0.001 --prompt "Fix the failing test."
 	@$(BIN)/walras menu --types lognormal:0.1:1.5 --quality-cost demo/sample.parquet --objective revenue
+	@$(BIN)/python examples/service.py demo/service
 	@echo "The report: $(CURDIR)/demo/report.html"
 
 test: $(STAMP) ## run the tests (make test ARGS="-m 'not big' -k regret")
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n auto --dist loadfile $(ARGS)
 
 check: $(STAMP) ## format, lint, types, import order; changes nothing
 	@$(BIN)/ruff format --check .
@@ -73,4 +74,4 @@ docs: $(STAMP) ## build the documentation into site/
 
 clean: ## remove everything the targets made
 	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo site dist
-	@find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	@find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -110,7 +110,7 @@ def test_choices(path: Path) -> None:
             "probabilities sum to 1.000002, not to 1",
         ),
         ("type,probability\n1,1\n2,0\n", 2, "probability", "is 0, and must be greater"),
-        ("type,probability\n1,1.5\n2,-0.5\n", 2, "probability", "is -0.5, expected a finite number ≥ 0"),
+        ("type,probability\n1,1.5\n2,-0.5\n", 2, "probability", "is -0.5, expected a number from 0 to 1e+12"),
         ("type,probability\n1,0.5\n1,0.5\n", 2, "type", "type 1 comes after 1"),
         ("type,probability\n1,0.2\n3,0.3\n2,0.5\n", 3, "type", "type 2 comes after 3"),
         (
@@ -120,9 +120,9 @@ def test_choices(path: Path) -> None:
             "(type, latency_price) (1, 0.1) comes after (1, 0.2)",
         ),
         ("v,lambda,p\n1,0.2,0.5\n1,0.2,0.5\n", 2, "type", "(1, 0.2) comes after (1, 0.2)"),
-        ("v,lambda,p\n1,-1,1\n", 1, "latency_price", "is -1, expected a finite number ≥ 0"),
-        ("type\n1\nnan\n", 2, "type", "is nan, expected a finite number ≥ 0"),
-        ("type\n1\n1e999\n", 2, "type", "is inf, expected a finite number ≥ 0"),
+        ("v,lambda,p\n1,-1,1\n", 1, "latency_price", "is -1, expected a number from 0 to 1e+12"),
+        ("type\n1\nnan\n", 2, "type", "is nan, expected a number from 0 to 1e+12"),
+        ("type\n1\n1e999\n", 2, "type", "is inf, expected a number from 0 to 1e+12"),
         ("type\n$1\n", 1, "type", "is '$1', expected a number"),
         ("type,tenant\n1,a\n,b\n", 2, "type", "is missing (every row needs one)"),
         ("type\n1\n\n2\n", 2, None, "is a blank line"),
@@ -192,8 +192,8 @@ def test_offerings_without_names_or_more_than_needed(path: Path) -> None:
         ("quality,cost\n0.5,1\n1.2,1\n", 2, "quality", "is 1.2, expected a number from 0 to 1"),
         ("quality,cost\n-0.1,1\n", 1, "quality", "is -0.1, expected a number from 0 to 1"),
         ("quality,cost\nnan,1\n", 1, "quality", "is nan, expected a number from 0 to 1"),
-        ("quality,cost\n0.5,-1\n", 1, "cost", "is -1, expected a finite number ≥ 0"),
-        ("quality,cost\n0.5,inf\n", 1, "cost", "is inf, expected a finite number ≥ 0"),
+        ("quality,cost\n0.5,-1\n", 1, "cost", "is -1, expected a number from 0 to 1e+12"),
+        ("quality,cost\n0.5,inf\n", 1, "cost", "is inf, expected a number from 0 to 1e+12"),
         ("quality,cost\n0.5,\n", 1, "cost", "is missing"),
         (
             "name,quality,cost\na,0.5,1\nb,0.5,1\na,0.5,1\n",
@@ -320,7 +320,7 @@ def test_spans_of_types_on_a_grid_overlap_and_tell_nothing(path: Path) -> None:
         ('[{"quality": 0.5, "price": 1}, {"quality": 0.6}]', 2, "price", "tier 'tier 2': is missing"),
         ('[{"quality": 1' + "0" * 400 + ', "price": 1}]', 1, "quality", "tier 'tier 1': is inf"),
         ("name,quality\na,1\n", None, "price", "is missing"),
-        ("name,quality,price\na,0.5,1\nb,0.6,-2\n", 2, "price", "tier 'b': is -2, expected a finite number ≥ 0"),
+        ("name,quality,price\na,0.5,1\nb,0.6,-2\n", 2, "price", "tier 'b': is -2, expected a number from 0 to 1e+12"),
         ("name,quality,price\na,1.5,1\n", 1, "quality", "tier 'a': is 1.5, expected a number from 0 to 1"),
         ("name,quality,price\na,nan,1\n", 1, "quality", "tier 'a': is nan, expected a number from 0 to 1"),
         ("name,quality,price\na,,1\n", 1, "quality", "tier 'a': is missing"),
@@ -360,7 +360,7 @@ def test_only_a_quadratic_technology_has_qualities_above_one(path: Path) -> None
     assert menu(path, '{"quality_cost": "quadratic", "tiers": [' + tier).quality.tolist() == [1.5]
     with pytest.raises(RecordError, match=r"tier 'tier 1': is 1.5, expected a number from 0 to 1"):
         menu(path, '{"quality_cost": "models.csv", "tiers": [' + tier)
-    with pytest.raises(RecordError, match=r"tier 'tier 1': is inf, expected a finite number ≥ 0"):
+    with pytest.raises(RecordError, match=r"tier 'tier 1': is inf, expected a number from 0 to 1e\+12"):
         menu(path, '{"quality_cost": "quadratic", "tiers": [{"quality": Infinity, "price": 1}]}')
 
 

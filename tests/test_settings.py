@@ -13,7 +13,18 @@ from walras.cli import ECONOMY_OPTIONS, app
 from walras.errors import SettingsError
 from walras.prices import Constraint, Scope
 from walras.risk import CVaR, Expectation, MaxMin
-from walras.settings import Economy, MenuSettings, Resource, TaskClass, Tenant, load_economy, settings_rows
+from walras.settings import (
+    Economy,
+    GatewaySettings,
+    MenuSettings,
+    ModelSettings,
+    Resource,
+    TaskClass,
+    Tenant,
+    UpstreamSettings,
+    load_economy,
+    settings_rows,
+)
 
 TABLES: dict[str, type[BaseModel]] = {
     "": Economy,
@@ -21,6 +32,9 @@ TABLES: dict[str, type[BaseModel]] = {
     "classes.NAME.": TaskClass,
     "resources.NAME.": Resource,
     "menu.": MenuSettings,
+    "models.NAME.": ModelSettings,
+    "upstreams.NAME.": UpstreamSettings,
+    "gateway.": GatewaySettings,
 }
 
 
@@ -90,7 +104,17 @@ def test_help_shows_the_settings() -> None:
 
 
 def test_every_scalar_setting_is_an_option() -> None:
-    only_in_files = {"risk_beliefs", "tenants", "classes", "resources", "menu", "columns"}
+    only_in_files = {
+        "risk_beliefs",
+        "tenants",
+        "classes",
+        "resources",
+        "menu",
+        "models",
+        "upstreams",
+        "gateway",
+        "columns",
+    }
     assert set(ECONOMY_OPTIONS) == set(Economy.model_fields) - only_in_files
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from walras import console
+from walras import console, gateway_commands
 from walras.demand.route import Exploring, ask_of, search
 from walras.demand.route import route as route_requests
 from walras.demand.search import Verifier
@@ -460,8 +460,9 @@ def check_menu(
     console.show(to_json(check_data(checked)) if json else check_screen(checked, f"check of {file.name}"))
     if not checked.holds:
         worst = checked.lies[0]
+        what = "1 constraint is" if len(checked.lies) == 1 else f"{len(checked.lies)} constraints are"
         raise NotCleared(
-            f"{file}: {len(checked.lies)} constraints are violated, by up to {worst.gain:.6g} USD",
+            f"{file}: {what} violated, by up to {worst.gain:.6g} USD",
             certificate=checked.certificate,
         )
 
@@ -469,6 +470,12 @@ def check_menu(
 def _read_for_menu(path: Path, economy: Economy, prompts: bool) -> Log:
     also = ("prompt", "embedding", *ALSO) if prompts else ()
     return _read([path], economy, losses=prompts and economy.needs_losses, also=also)
+
+
+app.command()(gateway_commands.serve)
+app.command()(gateway_commands.check)
+app.add_typer(gateway_commands.keys, name="keys")
+app.add_typer(gateway_commands.ledger, name="ledger")
 
 
 @app.command()

@@ -83,6 +83,61 @@ class Resource(_Table):
     hard: bool = Field(False, description="An absolute cap [Z-LEX]: met first, never relaxed")
 
 
+class UpstreamSettings(_Table):
+    """Who produces the tokens."""
+
+    kind: Literal["openai", "anthropic", "simulated"] = Field(
+        "openai", description="What it speaks; 'simulated' answers by itself, without a network"
+    )
+    base_url: str | None = Field(None, description="Where it is: https://api.example.com/v1")
+    key_env: tuple[str, ...] = Field(
+        (), description="Environment variables that hold its API keys; used in turn"
+    )
+    connect_s: Amount = Field(5.0, description="Most seconds to connect")
+    first_byte_s: Amount = Field(120.0, description="Most seconds until an answer begins")
+    idle_s: Amount = Field(60.0, description="Most seconds between two bytes of an answer")
+    total_s: Amount = Field(600.0, description="Most seconds for an answer")
+
+
+class ModelSettings(_Table):
+    """A model the gateway may use, and what is expected of it before it was seen at work."""
+
+    upstream: str = Field(description="Name of the upstream that has it")
+    upstream_model: str | None = Field(None, description="What it is called there (default: the same)")
+    input_usd: Amount = Field(description="USD per million input tokens")
+    cached_input_usd: Amount | None = Field(
+        None, description="USD per million input tokens read from a cache (default: as input)"
+    )
+    output_usd: Amount = Field(description="USD per million output tokens, reasoning included")
+    quality: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="Expected quality, 0 to 1")
+    quality_by_class: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=dict, description="The same by task class"
+    )
+    output_tokens: Amount = Field(500.0, description="Expected output tokens of a request")
+    seconds: Amount = Field(5.0, description="Expected seconds of a request")
+    risk_usd: Amount = Field(0.0, description="USD of expected loss from wrong actions in a request")
+
+
+class GatewaySettings(_Table):
+    """The service that `walras serve` runs."""
+
+    host: str = Field("127.0.0.1", description="Address it listens on")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8790, description="Port; 0 takes a free one")
+    budget_usd: Amount | None = Field(None, description="Most USD of all keys together by period")
+    period: Literal["none", "minute", "hour", "day", "week", "month"] = Field(
+        "day", description="Period of budgets, in UTC"
+    )
+    reclear_s: Annotated[float, Field(gt=0)] = Field(
+        5.0, description="Seconds between two clearings of prices"
+    )
+    window: Annotated[int, Field(ge=1)] = Field(
+        2000, description="Latest requests that prices are found from"
+    )
+    body_bytes: Annotated[int, Field(ge=1024)] = Field(16_000_000, description="Largest request body")
+    keep_prompts: bool = Field(False, description="Whether the ledger keeps prompts, after redaction")
+    redact: tuple[str, ...] = Field((), description="Regular expressions of what else is blanked in kept prompts: secrets, e-mail addresses and card numbers always are")
+
+
 class MenuSettings(_Table):
     """The tiers to design [Z-5]."""
 
@@ -131,6 +186,11 @@ class Economy(Group):
     tenants: dict[str, Tenant] = Field(default_factory=dict, description="Tables by tenant")
     classes: dict[str, TaskClass] = Field(default_factory=dict, description="Tables by task class")
     resources: dict[str, Resource] = Field(default_factory=dict, description="Tables by resource")
+    models: dict[str, ModelSettings] = Field(default_factory=dict, description="Tables by model")
+    upstreams: dict[str, UpstreamSettings] = Field(default_factory=dict, description="Tables by upstream")
+    gateway: GatewaySettings = Field(
+        default_factory=lambda: GatewaySettings.model_validate({}), description="Table of the service"
+    )
     menu: MenuSettings = Field(
         default_factory=lambda: MenuSettings.model_validate({}), description="Table of the menu to design"
     )
@@ -142,6 +202,14 @@ class Economy(Group):
     def _measure_complete(self) -> Economy:
         if self.risk_measure == "max-min" and not self.risk_beliefs:
             raise ValueError("risk_measure 'max-min' needs risk_beliefs")
+        for name, model in self.models.items():
+            if model.upstream not in self.upstreams:
+                raise ValueError(
+                    f"models.{name}: no upstream '{model.upstream}'; there are {list(self.upstreams)}"
+                )
+        for name, upstream in self.upstreams.items():
+            if upstream.kind != "simulated" and not upstream.base_url:
+                raise ValueError(f"upstreams.{name}: needs base_url, for example https://api.example.com/v1")
         if USD in self.resources:
             raise ValueError("the resource 'usd' is the column cost_usd; use budget_usd")
         return self
@@ -285,6 +353,9 @@ def _explain(error: ValidationError, path: Path | None, options: Collection[str]
             "tenants": Tenant,
             "classes": TaskClass,
             "resources": Resource,
+            "models": ModelSettings,
+            "upstreams": UpstreamSettings,
+            "gateway": GatewaySettings,
             "menu": MenuSettings,
         }
         for part in where[:-1]:
@@ -303,6 +374,9 @@ def settings_rows() -> list[tuple[str, str, str, str]]:
         ("classes.NAME.", TaskClass),
         ("resources.NAME.", Resource),
         ("menu.", MenuSettings),
+        ("models.NAME.", ModelSettings),
+        ("upstreams.NAME.", UpstreamSettings),
+        ("gateway.", GatewaySettings),
     ):
         rows += _describe(table, prefix)
     return rows

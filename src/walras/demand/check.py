@@ -12,11 +12,23 @@ from itertools import pairwise
 
 import numpy as np
 
-from walras.demand.menu import MOST_TIERS, Certificate, Menu, Tier, certify, design, taken
+from walras.demand.menu import (
+    MOST_TIERS,
+    Certificate,
+    Menu,
+    Tier,
+    between,
+    certify,
+    design,
+    end_of,
+    gains,
+    taken,
+    unserved,
+)
 from walras.demand.offerings import Offerings, Technology
 from walras.demand.screening import Grid
 from walras.errors import SettingsError
-from walras.estimate.type_laws import TypeLaw
+from walras.estimate.type_laws import TypeLaw, check_scale
 from walras.quantities import IntArray
 from walras.records.menus import MenuTable
 from walras.risk import FloatArray
@@ -111,8 +123,8 @@ def check(
         tolerance: gains up to this are round-off, USD per request.
 
     Raises:
-        SettingsError: a law of one dimension for users who differ in λ₀, a technology with another λ₀, or one that cannot
-            make a tier's quality.
+        SettingsError: a law of one dimension for users who differ in λ₀, a continuous one for tiers meant for single types,
+            types of no sensible size, a technology with another λ₀, or one that cannot make a tier's quality.
     """
     tiers, delays = _ascending(menu, latency_price)
     tiers = [_costed(tier, technology) for tier in tiers]
@@ -120,17 +132,19 @@ def check(
         says = isinstance(menu, MenuTable) and menu.latency_price is not None
         own = _meant_on(tiers, delays, law) if says else _best(tiers, law.value, law.latency_price, tolerance)
         tiers, sums = _on_grid(tiers, law, own)
-        return _checked(tiers, sums, _gains(tiers, own, law.value, law.latency_price), tolerance, not says)
-    _agree(delays, law, technology)
+        return _checked(tiers, sums, _lies(tiers, own, law.value, law.latency_price), tolerance, not says)
+    if law is not None:
+        check_scale(law)
+    _agree(tiers, delays, law, technology)
     delay = delays[0]
     self_selected = not any(_served(tier) for tier in tiers)
     tiers = _choose(tiers, law, delay, tolerance) if self_selected else _there(tiers, law)
-    gains = _gains(tiers, *_points(tiers, delays, law))
+    lies = _lies(tiers, *_points(tiers, delays, law))
     if law is None:
-        return _checked(tiers, Certificate(0.0, 0.0, NAN, NAN, NAN, NAN), gains, tolerance, self_selected)
+        return _checked(tiers, Certificate(0.0, 0.0, NAN, NAN, NAN, NAN), lies, tolerance, self_selected)
     tiers = [taken(tier, law, delay) if _served(tier) else replace(tier, share=0.0) for tier in tiers]
     sums = certify([tier for tier in tiers if _served(tier)], law, delay)
-    found = _checked(tiers, sums, gains, tolerance, self_selected)
+    found = _checked(tiers, sums, lies, tolerance, self_selected)
     reference = _reference(tiers, law, technology, delay)
     if reference is None:
         return found
@@ -139,14 +153,14 @@ def check(
 
 
 def _checked(
-    tiers: Sequence[Tier], sums: Certificate, gains: Sequence[Lie], tolerance: float, self_selected: bool
+    tiers: Sequence[Tier], sums: Certificate, lies: Sequence[Lie], tolerance: float, self_selected: bool
 ) -> Checked:
-    ic = max((lie.gain for lie in gains if lie.takes is not None), default=0.0)
-    ir = max((lie.gain for lie in gains if lie.takes is None), default=0.0)
+    ic = max((lie.gain for lie in lies if lie.takes is not None), default=0.0)
+    ir = max((lie.gain for lie in lies if lie.takes is None), default=0.0)
     return Checked(
         tiers=tuple(tiers),
         certificate=replace(sums, worst_ic_violation=ic, worst_ir_violation=ir),
-        lies=tuple(sorted((lie for lie in gains if lie.gain > tolerance), key=lambda lie: -lie.gain)),
+        lies=tuple(sorted((lie for lie in lies if lie.gain > tolerance), key=lambda lie: -lie.gain)),
         tolerance=tolerance,
         self_selected=self_selected,
         untaken=tuple(tier.name for tier in tiers if not _served(tier) or tier.share == 0),
@@ -182,12 +196,21 @@ def _ascending(menu: MenuTable | Sequence[Tier], latency_price: float) -> tuple[
     return [tiers[i] for i in order], [float(delay[i]) for i in order]
 
 
-def _agree(delays: list[float], law: TypeLaw | None, technology: Technology | None) -> None:
+def _agree(
+    tiers: Sequence[Tier], delays: list[float], law: TypeLaw | None, technology: Technology | None
+) -> None:
     if law is not None and len(set(delays)) > 1:
         raise SettingsError(
             "users of this menu differ in what delay costs them, and the law of types says nothing of that",
             key="types",
             hint="check it without a law",
+        )
+    single = [tier.name for tier in tiers if tier.type_from == tier.type_to]
+    if law is not None and law.atoms is None and single:
+        raise SettingsError(
+            f"tier '{single[0]}' is meant for a single type, and in {law.spec} no single type has any weight",
+            key="types",
+            hint="check it without a law, or say type_from and type_to, or nothing, of each tier",
         )
     if law is not None and technology is not None and delays[0] != technology.latency_price:
         raise SettingsError(
@@ -324,13 +347,9 @@ def _points(
     return own.astype(np.int64), theta, at
 
 
-def _gains(tiers: Sequence[Tier], own: IntArray, theta: FloatArray, delay: FloatArray) -> list[Lie]:
+def _lies(tiers: Sequence[Tier], own: IntArray, theta: FloatArray, delay: FloatArray) -> list[Lie]:
     """Every misreport that pays, at the type that gains most by it: one for each pair of tiers."""
-    q, full, rows = _quality(tiers), _full(tiers, delay), np.arange(own.size)
-    steeper, ends = q - q[own, None], np.isfinite(theta)
-    at_end = np.where(ends, theta, 0.0)[:, None] * steeper
-    without_end = np.where(steeper == 0, 0.0, np.copysign(np.inf, steeper))
-    gain = np.where(ends[:, None], at_end, without_end) - (full - full[rows, own][:, None])
+    gain = gains([tier.quality for tier in tiers], _full(tiers, delay), own, theta)
     names = (None, *(tier.name for tier in tiers))
     lies = []
     for k in np.unique(own):
@@ -347,21 +366,12 @@ def _gains(tiers: Sequence[Tier], own: IntArray, theta: FloatArray, delay: Float
 def _unserved(served: list[Tier], law: TypeLaw | None) -> list[float]:
     """The greatest type of every stretch that no tier is meant for."""
     ranges = sorted((tier.type_from, tier.type_to) for tier in served)
-    if law is not None and law.atoms is not None:
-        free = np.ones(law.atoms.size, dtype=np.bool_)
-        for low, high in ranges:
-            free &= (law.atoms < low) | (law.atoms > high)
-        return [float(theta) for theta in law.atoms[free & ~np.append(free[1:], False)]]
+    if law is not None:
+        return unserved(ranges, law.support, law.atoms)
     apart = all(before[1] < low for before, (low, _) in pairwise(ranges)) and len(ranges) > 1
-    if law is None and (apart or all(low == high for low, high in ranges)):
+    if apart or all(low == high for low, high in ranges):
         return []  # the menu names its types, and there are no others
-    floor, top = (0.0, max(high for _, high in ranges)) if law is None else law.support
-    out = []
-    for low, high in ranges:
-        if low > floor:
-            out.append(low)
-        floor = max(floor, high)
-    return [*out, top] if top > floor else out
+    return unserved(ranges, (0.0, max(high for _, high in ranges)), None)
 
 
 # --- who gets less than would be best for all -----------------------------------------------------------------------
@@ -395,7 +405,7 @@ def _downgraded(
         theirs = reference.tiers[r - 1] if r else NOTHING
         if mine.quality >= theirs.quality - tolerance:
             continue
-        mass, worth = (_between(law, low, high, power) for power in (0, 1))
+        mass, worth = (between(law, low, high, power) for power in (0, 1))
         burden = theirs.cost - mine.cost + delay * (theirs.seconds - mine.seconds)
         share[k] += mass
         lost[k] += (theirs.quality - mine.quality) * worth - burden * mass
@@ -407,22 +417,11 @@ def _downgraded(
 NOTHING = Tier("", 0.0, 0.0, 0.0, np.inf, cost=0.0)
 
 
-def _end(tier: Tier, law: TypeLaw) -> float:
-    """Where its half-open range of types ends: ranges of atoms are closed."""
-    return tier.type_to if law.atoms is None else float(np.nextafter(tier.type_to, np.inf))
-
-
 def _cuts(tiers: Sequence[Tier], law: TypeLaw) -> list[float]:
-    return [cut for tier in tiers if _served(tier) for cut in (tier.type_from, _end(tier, law))]
+    return [cut for tier in tiers if _served(tier) for cut in (tier.type_from, end_of(tier, law))]
 
 
 def _taken_at(theta: float, tiers: Sequence[Tier], law: TypeLaw) -> int:
     """1 + index of the tier meant for this type, 0 for none."""
-    mine = (k for k, tier in enumerate(tiers, start=1) if tier.type_from <= theta < _end(tier, law))
+    mine = (k for k, tier in enumerate(tiers, start=1) if tier.type_from <= theta < end_of(tier, law))
     return next(mine, 0)
-
-
-def _between(law: TypeLaw, low: float, high: float, power: int) -> float:
-    """E[θ^power; low ≤ θ < high]."""
-    above = float(law.moment_above(np.array(high), power)) if np.isfinite(high) else 0.0
-    return float(law.moment_above(np.array(low), power)) - above

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from walras.demand.menu import Certificate, Objective, Tier
-from walras.demand.screening import ROUND_OFF, Grid, Screening, certified, largest_worth, value_of
+from walras.demand.menu import Certificate, Objective, Tier, value_of
+from walras.demand.screening import ROUND_OFF, Grid, Screening, certified, largest_worth
 from walras.errors import InfeasibleError, SettingsError
 from walras.quantities import IntArray
 from walras.risk import FloatArray

@@ -14,26 +14,29 @@ found exactly by dynamic programming over cut-offs at the corners of the concave
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import brentq, isotonic_regression, root
+from scipy.optimize import brentq, isotonic_regression, minimize_scalar, root
 
 from walras.demand.offerings import Technology
 from walras.errors import InfeasibleError, SettingsError
-from walras.estimate.type_laws import TypeLaw
+from walras.estimate.type_laws import TypeLaw, check_scale
 from walras.quantities import IntArray
 from walras.risk import FloatArray
 
 Objective = Literal["welfare", "revenue"]
+Cuts = tuple[FloatArray, FloatArray]
+"""Cut-offs and qualities of tiers, ascending, (K,) each."""
 
-CANDIDATES = 300
-"""Most cut-offs searched at once; a continuous law's are polished afterwards, many atoms' shifted one by one."""
 FINE = 20_000
-"""Cells of the quadrature that values a menu without a cap on its tiers."""
+"""Cells in which φ is ironed to value a menu without a cap on its tiers, and to bracket where an upgrade pays."""
 MOST_TIERS = 100
+NOBODY = 1e-12
+"""A share that is round-off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,11 @@ class Certificate:
     welfare: float
 
 
+def value_of(objective: Objective, certificate: Certificate) -> float:
+    """What is to be made as large as possible, USD per request."""
+    return certificate.profit if objective == "revenue" else certificate.welfare
+
+
 @dataclass(frozen=True, slots=True)
 class Menu:
     """The best menu found, and how much better any menu could be."""
@@ -90,7 +98,7 @@ class Menu:
     @property
     def value(self) -> float:
         """Profit or welfare, USD per request."""
-        return self.certificate.profit if self.objective == "revenue" else self.certificate.welfare
+        return value_of(self.objective, self.certificate)
 
     @property
     def loss_to_cap(self) -> float:
@@ -114,27 +122,30 @@ def design(
 
     Raises:
         InfeasibleError: no menu recovers that much.
-        SettingsError: a number of tiers or of dollars that makes no sense.
+        SettingsError: a number of tiers or of dollars that makes no sense, or types of no sensible size.
     """
     if not 1 <= tiers <= MOST_TIERS:
         raise SettingsError(f"{tiers} tiers", key="tiers", hint=f"from 1 to {MOST_TIERS}; people read 3 to 5")
     if not 0 <= recover < np.inf:
         raise SettingsError(f"{recover} USD to recover", key="recover", hint="finite and ≥ 0")
-    kappa = 1.0 if objective == "revenue" else _recovery_price(law, technology, tiers, recover)
-    found = _quantise(law, technology, kappa, tiers)
+    check_scale(law)
+    curve = _Curve.of(law, law.grid() if technology.upgrades() is None else law.grid(FINE))
+    if objective == "revenue":
+        kappa, found = 1.0, _quantise(curve, technology, 1.0, tiers)
+    else:
+        kappa, found = _recovering(curve, technology, tiers, recover)
     menu_tiers = _tiers(law, technology, *found)
-    hull = _Hull.of(law, kappa, law.grid(FINE))
-    bound = hull.unlimited(technology)
-    if objective == "welfare" and kappa > 0:  # a dual bound: (1 − κ)·welfare + κ·profit, and profit ≥ recover
-        bound = (bound - kappa * recover) / (1 - kappa)
+    certificate = certify(menu_tiers, law, technology.latency_price)
+    fine = _Curve.of(law, law.grid(FINE))
+    bound = _most(fine, technology, objective, kappa, recover)
     return Menu(
         menu_tiers,
         law,
         objective,
-        certify(menu_tiers, law, technology.latency_price),
-        bound,
+        certificate,
+        max(bound, value_of(objective, certificate)),  # they may be equal but for round-off
         kappa,
-        hull.ironed,
+        fine.ironed(kappa) if kappa else (),
     )
 
 
@@ -148,114 +159,96 @@ def weighted_virtual(law: TypeLaw, kappa: float, t: FloatArray) -> FloatArray:
 
 
 @dataclass(frozen=True, slots=True)
-class _Hull:
-    """Corners of the concave hull of E[φ_κ; θ ≥ t] against S(t): the only places where a cut-off can be best."""
+class _Curve:
+    """What ironing needs of a law, whatever κ is: cells that hold types, ascending, the last on to the top of the support."""
 
     law: TypeLaw
-    kappa: float
-    t: FloatArray
-    """Corners, ascending, (H,); the last cell goes on to the top of the support."""
-    mass: FloatArray
-    """Of the cell from each corner to the next, (H,)."""
-    slope: FloatArray
-    """Ironed φ_κ of the cell, non-decreasing, (H,)."""
-    bunched: IntArray
-    """Grid cells that were pooled into each, (H,)."""
+    grid: FloatArray
+    """Least type of each cell, (G,)."""
+    served: FloatArray
+    """S(t) there, (G,)."""
+    worth: FloatArray
+    """E[θ; θ ≥ t], (G,)."""
 
     @classmethod
-    def of(cls, law: TypeLaw, kappa: float, grid: FloatArray) -> _Hull:
-        ends = np.append(law.moment_above(grid, 0), 0.0)
-        total = np.append(weighted_virtual(law, kappa, grid), 0.0)
-        mass = -np.diff(ends)
-        keep = mass > 0
-        keep_grid, mass, part = grid[keep], mass[keep], -np.diff(total)[keep]
-        pooled = isotonic_regression(part / mass, weights=mass)
+    def of(cls, law: TypeLaw, grid: FloatArray) -> _Curve:
+        served = law.moment_above(grid, 0)
+        filled = np.diff(served, append=0.0) < 0
+        grid = grid[filled]
+        return cls(law, grid, served[filled], law.moment_above(grid, 1))
+
+    def cells(self, kappa: float) -> tuple[FloatArray, FloatArray]:
+        """(mass, mean φ_κ) of each cell, (G,) and (G,)."""
+        mass = -np.diff(self.served, append=0.0)
+        total = (1 - kappa) * self.worth + kappa * self.grid * self.served
+        return mass, -np.diff(total, append=0.0) / mass
+
+    def hull(self, kappa: float) -> tuple[IntArray, FloatArray, FloatArray]:
+        """Corners of the concave hull of E[φ_κ; θ ≥ t] against S(t): (cell at which each lies, mass from it on, ironed φ_κ), (H,)."""
+        mass, mean = self.cells(kappa)
+        pooled = isotonic_regression(mean, weights=mass)
         first = pooled.blocks[:-1].astype(np.int64)
-        return cls(
-            law,
-            kappa,
-            keep_grid[first],
-            np.add.reduceat(mass, first),
-            pooled.x[first],
-            np.diff(pooled.blocks).astype(np.int64),
-        )
+        return first, np.add.reduceat(mass, first), pooled.x[first]
 
-    @property
-    def ironed(self) -> tuple[tuple[float, float], ...]:
+    def ironed(self, kappa: float) -> tuple[tuple[float, float], ...]:
         """Bunched ranges that hold more types than round-off in a tail does."""
-        top = np.append(self.t[1:], self.law.support[1])
-        pooled = (self.bunched > 1) & (self.mass > 1e-6) & (self.kappa > 0)
-        return tuple((float(self.t[h]), float(top[h])) for h in np.flatnonzero(pooled))
-
-    def unlimited(self, technology: Technology) -> float:
-        """E[max_q φ̄_κ·q − c(q)] from above, USD per request: the best menu without a cap.
-
-        Exact for atoms. Within a cell of a continuous law the integrand is convex in φ̄, which lies between the means of
-        the neighbouring cells, so the chord over that range is above it (Edmundson 1956, Madansky 1959).
-        """
-
-        def worth(value: FloatArray) -> FloatArray:
-            q = technology.best(value)
-            return value * q - technology.cost_of(q)
-
-        if self.law.atoms is not None:
-            return float(self.mass @ worth(self.slope))
-        top = self.law.support[1]
-        mass, slope, bunched = self.mass, self.slope, self.bunched > 1
-        corners, tail = np.append(self.t, top), 0.0
-        if np.isinf(top):
-            mass, slope, bunched, corners = mass[:-1], slope[:-1], bunched[:-1], self.t
-            tail = technology.most_above(self.law, float(self.t[-1]))
-        ends = virtual_value(self.law, self.kappa, corners)
-        low, high = np.minimum(ends[:-1], slope), np.maximum(ends[1:], slope)
-        flat = bunched | (high <= low)
-        share = np.where(flat, 0.0, (slope - low) / np.where(flat, 1.0, high - low))
-        chord = (1 - share) * worth(low) + share * worth(high)
-        return float(mass @ np.where(flat, worth(slope), chord)) + tail
+        first, mass, _ = self.hull(kappa)
+        ends = np.append(self.grid[first], self.law.support[1])
+        pooled = (np.diff(first, append=self.grid.size) > 1) & (mass > 1e-6)
+        return tuple((float(ends[h]), float(ends[h + 1])) for h in np.flatnonzero(pooled))
 
 
 def virtual_value(law: TypeLaw, kappa: float, t: FloatArray) -> FloatArray:
     """φ_κ(t) = t − κ·(1 − F)/f of a continuous law, same shape; −∞ where f is 0. [Z-IR]"""
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         hazard = law.moment_above(t, 0) / law.density(t)
     value: FloatArray = t - kappa * hazard if kappa else t
     return value
 
 
-def _quantise(
-    law: TypeLaw, technology: Technology, kappa: float, tiers: int
-) -> tuple[FloatArray, FloatArray]:
+def _quantise(curve: _Curve, technology: Technology, kappa: float, tiers: int) -> Cuts:
     """Cut-offs and qualities of the best menu at weight κ, ascending, (K,) each, K ≤ `tiers`."""
-    steps = technology.upgrades()
-    hull = _Hull.of(law, kappa, law.grid(CANDIDATES if steps is None else FINE))
-    corners = hull.t
-    if steps is not None:  # an upgrade is sold from where φ_κ first exceeds what it costs
-        first = np.unique(np.searchsorted(hull.slope, steps, side="right"))
-        corners = corners[first[first < corners.size]]
-    thinned = corners
-    if corners.size > CANDIDATES:
-        thinned = corners[np.linspace(0, corners.size - 1, CANDIDATES).astype(np.int64)]
-    t = _best_cutoffs(law, technology, kappa, thinned, tiers)
-    if thinned.size < corners.size:
-        t = _shift(law, technology, kappa, t, corners)
-    if law.atoms is None:
+    steps, law = technology.upgrades(), curve.law
+    corners = curve.grid[curve.hull(kappa)[0]] if steps is None else _sold_from(curve, kappa, steps)
+    t = _best_cutoffs(law, technology, kappa, np.unique(corners), tiers)
+    if steps is None and law.atoms is None:
         t = _polish(law, technology, kappa, t)
-    return _served(t, _qualities(law, technology, kappa, t))
-
-
-def _bins(law: TypeLaw, kappa: float, low: FloatArray, high: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """(mass, E[φ_κ]) of low ≤ θ < high, broadcast; `high` may be ∞."""
-
-    def both(t: FloatArray) -> tuple[FloatArray, FloatArray]:
-        there = np.isfinite(t)
-        at = np.where(there, t, 0.0)
-        return (
-            np.where(there, law.moment_above(at, 0), 0.0),
-            np.where(there, weighted_virtual(law, kappa, at), 0.0),
+    t, quality = _served(t, _qualities(law, technology, kappa, t))
+    if steps is not None:  # among hardly any types, sums do not tell one corner from another
+        t = _sold_from(
+            curve, kappa, np.diff(technology.cost_of(quality), prepend=0.0) / np.diff(quality, prepend=0.0)
         )
+        apart = np.diff(t, append=np.inf) > 0
+        t, quality = t[apart], quality[apart]
+    return t, quality
 
-    (s0, r0), (s1, r1) = both(low), both(high)
-    return s0 - s1, r0 - r1
+
+def _sold_from(curve: _Curve, kappa: float, steps: FloatArray) -> FloatArray:
+    """The least type whose ironed φ_κ exceeds what an upgrade costs per unit, of those upgrades for which there is one, (≤ S,)."""
+    law, grid = curve.law, curve.grid
+    first, _, slope = curve.hull(kappa)
+    corner = np.searchsorted(slope, steps, side="right")
+    sold = corner < first.size
+    at, steps = first[corner[sold]], steps[sold]
+    if law.atoms is not None:
+        return grid[at]
+    top = min(law.support[1], 2 * float(grid[-1]))
+    edges, low, high = np.concatenate(([law.support[0]], grid, [top])), at, at + 2
+    for reach in 2 ** np.arange(10):  # in a thin tail round-off misplaces corners
+        low = np.where(virtual_value(law, kappa, edges[low]) > steps, np.maximum(low - reach, 0), low)
+        short = virtual_value(law, kappa, edges[high]) < steps
+        high = np.where(short, np.minimum(high + reach, edges.size - 1), high)
+    below, above = edges[low], edges[high]
+    for _ in range(60):
+        middle = (below + above) / 2
+        short = virtual_value(law, kappa, middle) < steps
+        below, above = np.where(short, middle, below), np.where(short, above, middle)
+    return above
+
+
+def _bins(law: TypeLaw, kappa: float, t: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """(mass, E[φ_κ]) from each cut-off to the next, (K,) each; the last goes on to the top."""
+    return -np.diff(law.moment_above(t, 0), append=0.0), -np.diff(weighted_virtual(law, kappa, t), append=0.0)
 
 
 def _worth(technology: Technology, mass: FloatArray, part: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -270,59 +263,61 @@ def _worth(technology: Technology, mass: FloatArray, part: FloatArray) -> tuple[
 def _best_cutoffs(
     law: TypeLaw, technology: Technology, kappa: float, corners: FloatArray, tiers: int
 ) -> FloatArray:
-    """The best cut-offs among `corners`, by dynamic programming from the top type down. O(tiers · G²)."""
+    """The best cut-offs among `corners`, (G,), by dynamic programming from the top type down. O(tiers · G · log G)."""
     g = corners.size
     if not g:
         return corners
-    ends = np.append(corners, np.inf)
-    mass, part = _bins(law, kappa, corners[:, None], ends[None, :])
-    _, worth = _worth(technology, np.triu(mass, 1), np.triu(part, 1))
-    above = np.triu(np.ones((g, g + 1), dtype=np.bool_), 1)
-    worth = np.where(above, worth, -np.inf)
-    best = np.append(worth[:, g], 0.0)  # of all types from each corner on, in one tier
-    chosen = np.full((min(tiers, g), g), g)
-    for k in range(1, len(chosen)):
-        split = worth + best
-        chosen[k] = split.argmax(axis=1)
-        best[:g] = split[np.arange(g), chosen[k]]
+    above = np.append(law.moment_above(corners, 0), 0.0)
+    total = np.append(weighted_virtual(law, kappa, corners), 0.0)
+    rows, best = np.arange(g), np.zeros(g + 1)  # of all types from each corner on
+
+    def with_next(at: IntArray, following: IntArray) -> FloatArray:
+        one = _worth(technology, above[at] - above[following], total[at] - total[following])[1]
+        value: FloatArray = one + best[following]
+        return value
+
+    chosen = [np.full(g, g)]
+    best[:g] = with_next(rows, chosen[0])
+    for _ in range(1, min(tiers, g)):
+        chosen.append(_argmax_by_row(with_next, g))
+        best[:g] = with_next(rows, chosen[-1])
     at, path = int(best[:g].argmax()), []
-    for k in reversed(range(len(chosen))):
+    while chosen and at < g:
         path.append(at)
-        at = int(chosen[k][at])
-        if at == g:
-            break
+        at = int(chosen.pop()[at])
     return corners[path]
 
 
-def _shift(
-    law: TypeLaw, technology: Technology, kappa: float, t: FloatArray, corners: FloatArray
-) -> FloatArray:
-    """Each cut-off in turn moved to its best corner between its neighbours, until none moves."""
-    t = t.copy()
-    while True:
-        before = t.copy()
-        for k in range(t.size):
-            low, high = t[k - 1] if k else -np.inf, t[k + 1] if k + 1 < t.size else np.inf
-            open_to = corners[(corners > low) & (corners < high)]
-            worth = _worth(technology, *_bins(law, kappa, open_to, np.array(high)))[1]
-            if k:
-                worth = worth + _worth(technology, *_bins(law, kappa, np.array(low), open_to))[1]
-            t[k] = open_to[worth.argmax()]
-        if np.array_equal(t, before):
-            return t
+def _argmax_by_row(value: Callable[[IntArray, IntArray], FloatArray], g: int) -> IntArray:
+    """argmax over i < j ≤ g of value(i, j) for each i < g, (g,).
+
+    A bin is worth the maximum of lines in its slopes, and slopes ascend, so the argmax does not fall with i (Monge; Wu 1991):
+    rows halfway between known ones are searched between their argmaxes.
+    """
+    found = np.full(g + 1, g)
+    step = 1 << g.bit_length()
+    while step:
+        rows = np.arange(step - 1, g, 2 * step)
+        low = np.maximum(rows + 1, np.where(rows >= step, found[rows - step], 0))
+        width = found[np.minimum(rows + step, g)] + 1 - low
+        start = np.cumsum(width) - width
+        at = np.repeat(rows, width)
+        column = np.arange(at.size) + np.repeat(low - start, width)
+        worth = value(at, column)
+        if rows.size:
+            peak = np.flatnonzero(worth == np.repeat(np.maximum.reduceat(worth, start), width))[::-1]
+            found[at[peak]] = column[peak]
+        step //= 2
+    return found[:g]
 
 
 def _qualities(law: TypeLaw, technology: Technology, kappa: float, t: FloatArray) -> FloatArray:
-    return _worth(technology, *_bins(law, kappa, t, np.append(t[1:], np.inf)))[0]
+    return _worth(technology, *_bins(law, kappa, t))[0]
 
 
-def _value(law: TypeLaw, technology: Technology, kappa: float, t: FloatArray) -> float:
-    return float(_worth(technology, *_bins(law, kappa, t, np.append(t[1:], np.inf)))[1].sum())
-
-
-def _served(t: FloatArray, quality: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _served(t: FloatArray, quality: FloatArray) -> Cuts:
     """Without tiers that give nothing, or no more than the one below."""
-    more = np.diff(quality, prepend=0.0) > 1e-12 * max(1.0, float(quality.max(initial=0.0)))
+    more = np.diff(quality, prepend=0.0) > 1e-12 * float(quality.max(initial=0.0))
     return t[more], quality[more]
 
 
@@ -344,38 +339,156 @@ def _polish(law: TypeLaw, technology: Technology, kappa: float, t: FloatArray) -
         left: FloatArray = (virtual_value(law, kappa, at) * np.diff(q) - step)[free] / scale
         return left
 
+    def worth(at: FloatArray) -> float:
+        return float(_worth(technology, *_bins(law, kappa, at))[1].sum())
+
     if not free.any():
         return t
     with np.errstate(all="ignore"):
         found = whole(root(residual, t[free] / scale, tol=1e-15).x)
     inside = bool(np.isfinite(found).all() and found[0] >= law.support[0] and (np.diff(found) > 0).all())
-    if inside and _value(law, technology, kappa, found) >= _value(law, technology, kappa, t):
-        return found
-    return t
+    return found if inside and worth(found) >= worth(t) else t
 
 
-def _recovery_price(law: TypeLaw, technology: Technology, tiers: int, recover: float) -> float:
-    """Least κ at which the best menu makes at least `recover` of profit: [0, 1]."""
+# --- cost recovery ----------------------------------------------------------------------------------------------------
 
-    def missing(kappa: float) -> float:
-        found = _tiers(law, technology, *_quantise(law, technology, kappa, tiers))
-        return recover - certify(found, law, technology.latency_price).profit
 
-    slack = 1e-12 * max(recover, float(law.moment_above(np.zeros(()), 1)))
-    if missing(0.0) <= slack:
-        return 0.0
-    if missing(1.0) > slack:
-        most = recover - missing(1.0)
+def _brings(
+    law: TypeLaw, technology: Technology, t: FloatArray, quality: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """(welfare, profit) of upgrades to each quality, sold from t on, USD per request; broadcast, qualities last."""
+    served, worth = law.moment_above(t, 0), law.moment_above(t, 1)
+    more = np.diff(quality, prepend=0.0)
+    cost = np.diff(technology.cost_of(quality), prepend=0.0) * served
+    return more * worth - cost, more * t * served - cost
+
+
+def _recovering(curve: _Curve, technology: Technology, tiers: int, recover: float) -> tuple[float, Cuts]:
+    """κ, and cut-offs and qualities of the menu with most welfare whose profit is at least `recover`.
+
+    Where types or offerings are few, profit jumps past `recover` at κ. Then the menus on both sides of the jump are moved to
+    less profit, or more, and fewer tiers are tried too: more tiers must not be worse.
+    """
+
+    def brings(found: Cuts) -> tuple[float, float]:
+        welfare, profit = _brings(curve.law, technology, *found)
+        return float(welfare.sum()), float(profit.sum())
+
+    def best(kappa: float) -> Cuts:
+        return _quantise(curve, technology, kappa, tiers)
+
+    low = best(0.0)
+    slack = 1e-12 * max(recover, brings(low)[0])
+    if brings(low)[1] >= recover - slack:
+        return 0.0, low
+    high = best(1.0)
+    most = brings(high)[1]
+    if most < recover - slack:
         raise InfeasibleError(
             f"cost recovery: no menu of {tiers} tiers makes {recover:g} USD per request; the most is {most:.6g}",
             constraint="cost recovery",
             bound=recover,
             least=most,
         )
-    kappa, step = float(brentq(missing, 0.0, 1.0, xtol=1e-13)), 1e-12
-    while missing(kappa) > slack:  # profit jumps where types or offerings are few: the side that recovers
-        kappa, step = min(kappa + step, 1.0), 2 * step
-    return kappa
+    if most <= recover + slack:
+        return 1.0, high
+    if curve.law.atoms is None or technology.upgrades() is None:  # profit moves with κ, mostly without a jump
+        kappa = float(brentq(lambda weight: recover - brings(best(weight))[1], 0.0, 1.0, xtol=1e-14))
+        found = best(kappa)
+        if abs(brings(found)[1] - recover) <= slack:
+            return kappa, found
+    kappa, low, high = _sides(best, brings, low, high, recover - slack)
+    others = [_settled(curve.law, technology, side, recover, slack) for side in (low, high)]
+    if tiers > 1:
+        with suppress(InfeasibleError):
+            others.append(_recovering(curve, technology, tiers - 1, recover)[1])
+    able = [high, *(other for other in others if brings(other)[1] >= recover - slack)]
+    return kappa, max(able, key=brings)
+
+
+def _sides(
+    best: Callable[[float], Cuts],
+    brings: Callable[[Cuts], tuple[float, float]],
+    low: Cuts,
+    high: Cuts,
+    recover: float,
+) -> tuple[float, Cuts, Cuts]:
+    """κ at which profit jumps past `recover`, and the menus below and above the jump: where both are worth the same, and none more."""
+    while True:
+        (w0, p0), (w1, p1) = brings(low), brings(high)
+        mu = max(w0 - w1, 0.0) / (p1 - p0)
+        kappa = mu / (1 + mu)
+        found = best(kappa)
+        welfare, profit = brings(found)
+        if welfare + mu * profit <= (w1 + mu * p1) * (1 + 1e-12):
+            return kappa, low, high
+        low, high = (low, found) if profit >= recover else (found, high)
+
+
+def _settled(law: TypeLaw, technology: Technology, found: Cuts, recover: float, slack: float) -> Cuts:
+    """Each cut-off in turn moved to where welfare is greatest with profit ≥ `recover`, or else profit; until none moves."""
+    t, quality = found
+    grid = np.union1d(law.grid(), t)
+    welfare, profit = _brings(law, technology, grid[:, None], quality)  # (G, K)
+    at, best = np.searchsorted(grid, t), -np.inf
+    while True:
+        before = best
+        for k in range(t.size):
+            low, high = at[k - 1] + 1 if k else 0, at[k + 1] if k + 1 < t.size else grid.size
+            rest = np.delete(np.arange(t.size), k)
+            w, p = (table[low:high, k] + table[at[rest], rest].sum() for table in (welfare, profit))
+            score = np.where(p >= recover, w, p - recover)  # what recovers has welfare ≥ 0
+            if score.max() > best + slack:
+                at[k], best = low + int(score.argmax()), float(score.max())
+        if best == before:
+            return grid[at], quality
+
+
+def _most(curve: _Curve, technology: Technology, objective: Objective, kappa: float, recover: float) -> float:
+    """Profit or welfare that no menu exceeds, of whatever size, USD per request.
+
+    Under cost recovery any weight κ < 1 gives a bound of welfare, (best weighted sum − κ·`recover`)/(1 − κ). It is least at the
+    weight of a menu without a cap, which is that of the capped one where the cap does not bind.
+    """
+    if objective == "revenue" or not kappa:
+        return _unlimited(curve, technology, kappa)
+    rough = _Curve.of(curve.law, curve.law.grid())
+
+    def dual(weight: float, curve: _Curve = rough) -> float:
+        return (_unlimited(curve, technology, weight) - weight * recover) / (1 - weight)
+
+    least = float(minimize_scalar(dual, bounds=(0.0, 1.0), method="bounded", options={"xatol": 1e-4}).x)
+    return min(dual(weight, curve) for weight in (least, kappa) if weight < 1)
+
+
+def _unlimited(curve: _Curve, technology: Technology, kappa: float) -> float:
+    """E[max_q φ̄_κ·q − c(q)] from above, USD per request: the best menu without a cap. Exact for atoms.
+
+    Of a continuous law the curve lies below its tangents where φ rises through a cell, below the chord where it falls:
+    that polygon is ironed, and what lies above the curve gives every menu more.
+    """
+
+    def worth(value: FloatArray) -> FloatArray:
+        q = technology.best(value)
+        return value * q - technology.cost_of(q)
+
+    law, grid = curve.law, curve.grid
+    mass, mean = curve.cells(kappa)
+    outside = 0.0
+    if law.atoms is None:
+        top = law.support[1]
+        outside = (1 - float(curve.served[0])) * float(worth(grid[0]))  # below the grid, where φ_κ(θ) ≤ θ
+        if np.isinf(top):
+            outside += technology.most_above(law, float(grid[-1]))
+            mass, mean, grid, top = mass[:-1], mean[:-1], grid[:-1], grid[-1]
+        ends = virtual_value(law, kappa, np.append(grid, top))
+        rises = (ends[:-1] < mean) & (mean < ends[1:])
+        low, high = np.where(rises, ends[:-1], mean - 1), np.where(rises, ends[1:], mean + 1)
+        share = (mean - low) / (high - low)
+        mass = np.column_stack((mass * (1 - share), mass * share)).ravel()
+        mean = np.where(rises[:, None], np.column_stack((low, high)), mean[:, None]).ravel()
+        mass, mean = mass[mass > 0], mean[mass > 0]
+    return float(mass @ worth(isotonic_regression(mean, weights=mass).x)) + outside
 
 
 # --- from cut-offs to tiers, and what holds of them -----------------------------------------------------------------
@@ -404,18 +517,22 @@ def _tiers(law: TypeLaw, technology: Technology, t: FloatArray, quality: FloatAr
     return tuple(out)
 
 
-def part_of(law: TypeLaw, low: float, high: float, power: int) -> float:
-    """E[θ^power] over low ≤ θ ≤ high, closed: it matters for atoms."""
-    top = np.nextafter(high, np.inf) if law.atoms is not None else high
-    above = float(law.moment_above(np.array(top), power)) if np.isfinite(top) else 0.0
+def end_of(tier: Tier, law: TypeLaw) -> float:
+    """Where its half-open range of types ends: ranges of atoms are closed."""
+    return tier.type_to if law.atoms is None else float(np.nextafter(tier.type_to, np.inf))
+
+
+def between(law: TypeLaw, low: float, high: float, power: int) -> float:
+    """E[θ^power; low ≤ θ < high]; `high` may be ∞."""
+    above = float(law.moment_above(np.array(high), power)) if np.isfinite(high) else 0.0
     return float(law.moment_above(np.array(low), power)) - above
 
 
 def taken(tier: Tier, law: TypeLaw, latency_price: float) -> Tier:
-    """The tier with its share of requests, and the mean rent of those who take it."""
-    share, worth = (part_of(law, tier.type_from, tier.type_to, power) for power in (0, 1))
+    """The tier with its share of requests, and the mean rent of those who take it; NaN where it is nobody's but for round-off."""
+    share, worth = (between(law, tier.type_from, end_of(tier, law), power) for power in (0, 1))
     full = tier.price + latency_price * tier.seconds
-    rent = tier.quality * worth / share - full if share > 0 else float("nan")
+    rent = tier.quality * worth / share - full if share > NOBODY else float("nan")
     return replace(tier, share=share, rent=rent)
 
 
@@ -424,40 +541,53 @@ def certify(tiers: Sequence[Tier], law: TypeLaw, latency_price: float = 0.0) -> 
 
     θ·q − p is linear in θ, so a range is checked whole by checking its two ends, closed.
     """
-    q = np.array([0.0, *(tier.quality for tier in tiers)])  # the first is taking nothing
+    ranges = [(tier.type_from, tier.type_to) for tier in tiers]
+    ends = [(0, theta) for theta in unserved(ranges, law.support, law.atoms)]
+    ends += [(k, theta) for k, pair in enumerate(ranges, start=1) for theta in pair]
+    own, theta = np.array(ends).reshape(-1, 2).T
     full = np.array([0.0, *(tier.price + latency_price * tier.seconds for tier in tiers)])
-    ic, ir = 0.0, 0.0
-    for k, theta in _ends(tiers, law):
-        if np.isinf(theta):  # a steeper line overtakes in the end
-            ic = max(ic, np.inf if q.max() > q[k] else 0.0)
-            continue
-        utility = theta * q - full
-        ic = max(ic, float(utility[1:].max()) - float(utility[k])) if k else max(ic, float(utility.max()))
-        ir = max(ir, -float(utility[k]))
-    tiers = [taken(tier, law, latency_price) for tier in tiers]
-    filled = [tier for tier in tiers if tier.share > 0]
-    rent = sum(tier.share * tier.rent for tier in filled)
-    revenue = sum(tier.share * tier.price for tier in filled)
-    profit = revenue - sum(tier.share * tier.cost for tier in filled)
+    gain = gains([tier.quality for tier in tiers], full, own.astype(np.int64), theta)
+    tiers = [tier for tier in (taken(tier, law, latency_price) for tier in tiers) if tier.share > NOBODY]
+    rent = sum(tier.share * tier.rent for tier in tiers)
+    revenue = sum(tier.share * tier.price for tier in tiers)
+    profit = revenue - sum(tier.share * tier.cost for tier in tiers)
+    ic, ir = (max(float(part.max(initial=0.0)), 0.0) for part in (gain[:, 1:], gain[:, 0]))
     return Certificate(ic, ir, rent, revenue, profit, rent + profit)
 
 
-def _ends(tiers: Sequence[Tier], law: TypeLaw) -> list[tuple[int, float]]:
-    """(line, θ) at the ends of every range of types: line 0 is taking nothing, line k tier k.
+def gains(quality: Sequence[float], full: FloatArray, own: IntArray, theta: FloatArray) -> FloatArray:
+    """What type p, meant for line own[p], gains by each line, USD, (P, K + 1): 0 is taking nothing, k tier k.
 
-    What an unserved range could gain rises with θ, so only its upper end counts.
+    Args:
+        quality: of tiers, K.
+        full: price and delay of lines, (K + 1,), or (P, K + 1) where types differ in what delay costs them.
+        theta: (P,); at ∞ a steeper line gains without end.
     """
-    ends: list[tuple[int, float]] = []
-    served_to = law.support[0] if law.atoms is None else -np.inf
-    for k, tier in enumerate(tiers, start=1):
-        unserved = tier.type_from if law.atoms is None else _below(law.atoms, tier.type_from)
-        if unserved > served_to:
-            ends.append((0, unserved))
-        ends += [(k, tier.type_from), (k, tier.type_to)]
-        served_to = tier.type_to
-    if law.support[1] > served_to:
-        ends.append((0, law.support[1]))
-    return ends
+    q, rows = np.array([0.0, *quality]), np.arange(own.size)
+    full = np.broadcast_to(full, (own.size, q.size))
+    steeper, finite = q - q[own, None], np.isfinite(theta)[:, None]
+    at_end = np.where(finite, theta[:, None], 0.0) * steeper
+    without_end = np.where(steeper == 0, 0.0, np.copysign(np.inf, steeper))
+    gain: FloatArray = np.where(finite, at_end, without_end) - (full - full[rows, own][:, None])
+    return gain
+
+
+def unserved(
+    ranges: Sequence[tuple[float, float]], support: tuple[float, float], atoms: FloatArray | None
+) -> list[float]:
+    """The greatest type of every stretch that no range covers: what there is to gain rises with θ."""
+    if atoms is not None:
+        free = np.ones(atoms.size, dtype=np.bool_)
+        for low, high in ranges:
+            free &= (atoms < low) | (atoms > high)
+        return [float(theta) for theta in atoms[free & ~np.append(free[1:], False)]]
+    floor, top = support
+    out = []
+    for low, high in sorted(ranges):
+        if low > floor:
+            out.append(low)
+        floor = max(floor, high)
+    return [*out, top] if top > floor else out
 
 
 def _below(atoms: FloatArray, t: float) -> float:

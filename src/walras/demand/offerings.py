@@ -6,6 +6,7 @@ Tasks differ in what they are worth, not in what they cost, so a technology is o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,6 +17,9 @@ from walras.errors import QuantityError
 from walras.estimate.type_laws import TypeLaw
 from walras.quantities import IntArray
 from walras.risk import FloatArray
+
+NOTHING = 1e-12
+"""Quality that is none: what it costs per unit says nothing."""
 
 
 class Technology(Protocol):
@@ -81,19 +85,8 @@ class Offerings:
     """Offerings on the hull, in ascending quality: the others are never worth offering."""
 
     def __post_init__(self) -> None:
-        i = len(self.names)
-        object.__setattr__(self, "seconds", np.broadcast_to(self.seconds, (i,)))
-        for name in ("quality", "cost", "seconds"):
-            column = getattr(self, name)
-            if column.shape != (i,) or not i:
-                raise QuantityError(
-                    f"offerings: {name} has shape {column.shape}, expected ({i},), one or more"
-                )
-            bad = np.flatnonzero(~(np.isfinite(column) & (column >= 0)))
-            if bad.size:
-                raise QuantityError(
-                    f"offerings: {name} of '{self.names[bad[0]]}' is {column[bad[0]]}; it must be finite and ≥ 0"
-                )
+        object.__setattr__(self, "seconds", np.broadcast_to(self.seconds, (len(self.names),)))
+        check_columns(self.names, quality=self.quality, cost=self.cost, seconds=self.seconds)
         if self.quality.max() > 1:
             raise QuantityError(
                 f"offerings: quality of '{self.names[int(self.quality.argmax())]}' is above 1"
@@ -132,15 +125,27 @@ class Offerings:
         return self.names[i], float(self.seconds[i])
 
 
+def check_columns(names: Sequence[str], **columns: FloatArray) -> None:
+    """Raises QuantityError unless there are offerings and each column is finite, ≥ 0 and (I,)."""
+    for name, column in columns.items():
+        if column.shape != (len(names),) or not names:
+            raise QuantityError(
+                f"offerings: {name} has shape {column.shape}, expected ({len(names)},), one or more"
+            )
+        bad = np.flatnonzero(~(np.isfinite(column) & (column >= 0)))
+        if bad.size:
+            raise QuantityError(
+                f"offerings: {name} of '{names[bad[0]]}' is {column[bad[0]]}; it must be finite and ≥ 0"
+            )
+
+
 def _lower_hull(quality: FloatArray, cost: FloatArray) -> IntArray:
     """Corners of the greatest convex curve below (0, 0) and the points, but for the origin, ascending."""
     order = np.lexsort((cost, quality))
-    order = order[quality[order] > 0]
-    order = (
-        order[np.append(True, np.diff(quality[order]) > 0)] if order.size else order
-    )  # the cheapest of equals
+    order = order[quality[order] > NOTHING]
     if not order.size:
         raise QuantityError("offerings: none has any quality")
+    order = order[np.append(True, np.diff(quality[order]) > 0)]  # the cheapest of equals
     width = np.diff(quality[order], prepend=0.0)
     slopes = np.diff(cost[order], prepend=0.0) / width
     # The slopes of a greatest convex minorant are the isotonic regression of the slopes (Barlow et al. 1972).

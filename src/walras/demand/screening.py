@@ -21,7 +21,8 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import coo_array, csr_array, vstack
 
-from walras.demand.menu import Certificate, Objective
+from walras.demand.menu import Certificate, Objective, value_of
+from walras.demand.offerings import check_columns
 from walras.errors import InfeasibleError, NotCleared, QuantityError, RecordError, SettingsError
 from walras.quantities import BoolArray, IntArray
 from walras.risk import FloatArray
@@ -30,6 +31,9 @@ VIOLATION = 1e-9
 """The most a type may gain by a lie: USD, or this share of the largest worth where that is less."""
 ROUND_OFF = 1e-12
 """Of the largest worth: utilities that differ by less are equal."""
+HOPELESS = -1e3
+"""A surplus below which how low it is does not matter, in units of the largest worth; solvers mind such numbers."""
+MOST_TYPES = 2_000
 NEIGHBOURS, WORST = 8, 3
 """Types near each one whose constraints come first; constraints added for each type, as liar and as model, per round."""
 
@@ -154,14 +158,10 @@ def screen(
         NotCleared: the solver failed.
     """
     names = tuple(names) or tuple(f"offering {o + 1}" for o in range(quality.size))
-    for name, column in (("quality", quality), ("seconds", seconds), ("cost", cost)):
-        if column.shape != (len(names),) or not len(names):
-            raise QuantityError(f"offerings: {name} has shape {column.shape}, expected ({len(names)},)")
-        bad = np.flatnonzero(~(np.isfinite(column) & (column >= 0)))
-        if bad.size:
-            raise QuantityError(
-                f"offerings: {name} of '{names[bad[0]]}' is {column[bad[0]]}; it must be finite and ≥ 0"
-            )
+    check_columns(names, quality=quality, seconds=seconds, cost=cost)
+    if len(types) > MOST_TYPES:
+        problem = f"{len(types):,} types that mind delay are too many: every pair of them is a constraint"
+        raise QuantityError(f"{problem} (at most {MOST_TYPES:,}; merge types that are alike)")
     if not 0 <= recover < np.inf:
         raise SettingsError(f"{recover} USD to recover", key="recover", hint="finite and ≥ 0")
     programme = _Programme.of(types, quality, seconds, cost, recover if objective == "welfare" else None)
@@ -194,10 +194,6 @@ def screen(
     )
 
 
-def value_of(objective: Objective, certificate: Certificate) -> float:
-    return certificate.profit if objective == "revenue" else certificate.welfare
-
-
 # --- the programme ----------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +219,8 @@ class _Programme:
         unit = largest_worth(types, quality)
         scaled = Grid(types.value * most / unit, types.latency_price * longest / unit, types.probability)
         quality, seconds = quality / most, seconds / longest
-        surplus = scaled.worth(quality, seconds) - cost / unit
+        with np.errstate(over="ignore"):
+            surplus = np.maximum(scaled.worth(quality, seconds) - cost / unit, HOPELESS)
         return cls(scaled, quality, seconds, surplus, None if recover is None else recover / unit, unit)
 
     def solve(self) -> tuple[FloatArray, FloatArray, float, float, int] | None:

@@ -196,8 +196,8 @@ def _outcome(menu: Menu | CappedMenu) -> list[RenderableType]:
         if share > 1e-4
         else "next to nothing of it"
     )
-    size = count(len(menu.tiers), "tiers")
-    lines.append(Text(f"No menu of any size makes more {what} than {usd(menu.bound)}: {size} lose {lost}."))
+    size = "1 tier loses" if len(menu.tiers) == 1 else f"{len(menu.tiers)} tiers lose"
+    lines.append(Text(f"No menu of any size makes more {what} than {usd(menu.bound)}: {size} {lost}."))
     if menu.objective == "welfare" and menu.recovery_price > 0:
         left = 1 - menu.recovery_price
         paid = f"a dollar of it costs {usd(1 / left - 1)} of welfare" if left else "it is all there is"
@@ -214,7 +214,7 @@ def _downgraded(checked: Checked) -> list[RenderableType]:
     if not checked.downgraded_share > 1e-9:
         return []
     where = ", ".join(
-        f"{escape(d.tier) if d.tier else 'not served'} {percent(d.share)} ({usd(d.welfare_lost)})"
+        f"{d.tier or 'not served'} {percent(d.share)} ({usd(d.welfare_lost)})"
         for d in checked.downgraded
         if d.share > 1e-9
     )
@@ -240,7 +240,11 @@ def _law(found: Published) -> list[RenderableType]:
     ]
     if fitted.goodness is not None:
         g = fitted.goodness
-        parts.append(Text(f"Fit: {g.statistic} {number(g.value)}, p = {number(g.p_value)}."))
+        parts.append(
+            Text(
+                f"Fit: {g.statistic} {number(g.value)}, p {'=' if g.p_value > 1e-6 else '<'} {number(max(g.p_value, 1e-6))}."
+            )
+        )
     if fitted.note:
         parts.append(Text(fitted.note, style="dim"))
     if spread is not None:
@@ -301,7 +305,7 @@ def check_screen(checked: Checked, title: str) -> RenderableType:
     else:
         worst = checked.lies[0]
         verdict = Text(
-            f"Does not hold: {_lie(worst.own)} of type {_theta(worst.theta)} gain {usd(worst.gain)} by taking {_taken(worst.takes)}.",
+            f"Does not hold: {_lie(worst.own)} of type {_amount(worst.theta)} gain {_amount(worst.gain)} by taking {worst.takes or 'nothing'}.",
             style="bold red",
         )
     parts: list[RenderableType] = [head, verdict]
@@ -326,7 +330,8 @@ def check_screen(checked: Checked, title: str) -> RenderableType:
     parts.append(table("Tiers", ("tier", "quality", "price", "taken by types", "share", "mean rent"), rows))
     if checked.lies:
         lies = [
-            (_lie(x.own), _taken(x.takes), _theta(x.theta), usd(x.gain)) for x in checked.lies[:LIES_SHOWN]
+            (escape(_lie(x.own)), escape(x.takes or "nothing"), _amount(x.theta), _amount(x.gain))
+            for x in checked.lies[:LIES_SHOWN]
         ]
         parts.append(table("Lies that pay", ("meant for", "takes", "type", "gains"), lies))
         if len(checked.lies) > LIES_SHOWN:
@@ -345,12 +350,8 @@ def check_screen(checked: Checked, title: str) -> RenderableType:
 
 
 def _lie(tier: str | None) -> str:
-    return f"users of {escape(tier)}" if tier else "users meant to take nothing"
+    return f"users of {tier}" if tier else "users meant to take nothing"
 
 
-def _taken(tier: str | None) -> str:
-    return escape(tier) if tier else "nothing"
-
-
-def _theta(theta: float) -> str:
-    return "without bound" if math.isinf(theta) else usd(theta)
+def _amount(amount: float) -> str:
+    return "without bound" if math.isinf(amount) else usd(amount)

@@ -211,7 +211,12 @@ def _whose(economy: Economy, read: ReadLog, offered: Path | None) -> Whose:
         if offered is not None and not isinstance(table, ChoiceTable):
             raise SettingsError("is for a table of choices, with a column tier", key="offered")
         if not isinstance(table, LawTable):
-            whose = _fitted(spec, _evidence(table, offered), family)
+            try:
+                whose = _fitted(spec, _evidence(table, offered), family)
+            except RecordError as error:
+                if error.path is None:
+                    raise RecordError(str(error), path=path) from error
+                raise
             return replace(whose, synthetic=log is not None and log.synthetic)
         if table.latency_price is not None:
             law = Grid(table.value, table.latency_price, table.probability)

@@ -190,4 +190,6 @@ def _strength(hits: FloatArray, tries: FloatArray, mean: FloatArray) -> float:
     """Strength of the Beta prior with these means under which the counts are likeliest (beta-binomial)."""
     a, b = STRENGTHS[:, None] * mean, STRENGTHS[:, None] * (1 - mean)
     likelihood = (betaln(a + hits, b + tries - hits) - betaln(a, b)).sum(axis=1)
-    return float(STRENGTHS[np.argmax(likelihood)])
+    # Of strengths that are equally likely but for round-off the greatest, whatever the order of the counts.
+    best = float(likelihood.max())
+    return float(STRENGTHS[likelihood >= best - 1e-9 * (1 + abs(best))].max())

@@ -6,7 +6,7 @@ S(t), t·S(t) the revenue curve, and φ(θ) = θ − (1 − F)/f the slope of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +15,8 @@ from scipy.special import ndtr, ndtri
 from walras.errors import SettingsError
 from walras.risk import FloatArray
 
+LARGEST = 1e12
+"""USD per unit of quality."""
 GRID = 2000
 """Cut-offs a continuous law is searched at before they are polished."""
 
@@ -73,7 +75,7 @@ class Uniform:
 
     def moment_above(self, t: FloatArray, power: int) -> FloatArray:
         t, k = np.clip(t, self.low, self.high), power + 1
-        part: FloatArray = (self.high**k - t**k) / (k * (self.high - self.low))
+        part: FloatArray = (np.float64(self.high) ** k - t**k) / (k * (self.high - self.low))
         return part
 
     def density(self, t: FloatArray) -> FloatArray:
@@ -149,7 +151,7 @@ class LogNormal:
 
     def moment_above(self, t: FloatArray, power: int) -> FloatArray:
         z = self._z(t)
-        whole = self.median**power * np.exp((power * self.sigma) ** 2 / 2)
+        whole = np.float64(self.median) ** power * np.exp((power * self.sigma) ** 2 / 2)
         part: FloatArray = whole * ndtr(power * self.sigma - z)
         return part
 
@@ -174,6 +176,8 @@ class Atoms:
     probability: FloatArray
     """> 0, sums to 1, (T,)."""
     name: str = "table"
+    _above: FloatArray = field(init=False, repr=False)
+    """Σ p·θ^k from each atom on, k = 0, 1, 2, and 0 past the last, (3, T + 1)."""
 
     @classmethod
     def empirical(cls, sample: FloatArray, name: str = "sample") -> Atoms:
@@ -190,6 +194,10 @@ class Atoms:
             raise SettingsError("types must be finite, ≥ 0 and in ascending order", key="types")
         if not (self.probability > 0).all() or abs(self.probability.sum() - 1) > 1e-6:
             raise SettingsError("probabilities must be > 0 and sum to 1", key="types")
+        with np.errstate(over="ignore"):
+            mass = self.probability * np.stack((np.ones_like(self.value), self.value, self.value**2))
+        above = np.cumsum(np.pad(mass, ((0, 0), (0, 1)))[:, ::-1], axis=1)[:, ::-1]
+        object.__setattr__(self, "_above", above)
 
     @property
     def spec(self) -> str:
@@ -204,9 +212,7 @@ class Atoms:
         return float(self.value[0]), float(self.value[-1])
 
     def moment_above(self, t: FloatArray, power: int) -> FloatArray:
-        mass = self.probability * self.value**power
-        above = np.append(np.cumsum(mass[::-1])[::-1], 0.0)
-        part: FloatArray = above[np.searchsorted(self.value, t, side="left")]
+        part: FloatArray = self._above[power, np.searchsorted(self.value, t, side="left")]
         return part
 
     def density(self, t: FloatArray) -> FloatArray:
@@ -214,6 +220,21 @@ class Atoms:
 
     def grid(self, n: int = GRID) -> FloatArray:  # noqa: ARG002 - all of them, however many are asked for
         return self.value
+
+
+def check_scale(law: TypeLaw) -> None:
+    """Types so small or so large that dollars drown in rounding are a mistake.
+
+    Raises:
+        SettingsError: their root mean square is not between 1e-12 and `LARGEST` USD per unit of quality, and not 0.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        size = float(np.sqrt(law.moment_above(np.zeros(()), 2)))
+    if size and not 1 / LARGEST <= size <= LARGEST:
+        problem = f"the types of {law.spec} are too {'small' if size < 1 else 'large'} to compute with: root mean square {size:.3g}"
+        raise SettingsError(
+            problem, key="types", hint=f"USD per unit of quality, {1 / LARGEST:g} to {LARGEST:g}"
+        )
 
 
 def parse_law(text: str) -> TypeLaw:

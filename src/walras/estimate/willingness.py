@@ -19,7 +19,7 @@ from scipy.stats import chi2
 
 from walras.equation import DEFER
 from walras.errors import QuantityError, RecordError, SettingsError, nearest
-from walras.estimate.type_laws import Atoms, Exponential, LogNormal, TypeLaw, Uniform
+from walras.estimate.type_laws import Atoms, Exponential, LogNormal, TypeLaw, Uniform, check_scale
 from walras.quantities import BoolArray, IntArray
 from walras.risk import FloatArray
 
@@ -34,6 +34,8 @@ LEAST = 20
 """Observations below which no law is fitted: a 95% interval would be wider than any use of it."""
 LEAST_PER_CELL = 5
 """Observations per cell, on average, below which χ² says nothing about G²."""
+SIMULATED = 2000
+"""Most observations in a simulated sample."""
 _WIDE = 1e5
 """A sigma this many times off the spread of the data has run away: the likelihood has no maximum."""
 
@@ -168,12 +170,13 @@ def fit_law(evidence: Evidence, family: Family, *, draws: int = 200, seed: int =
 
     Raises:
         RecordError: fewer than `LEAST` observations, or such as do not identify the family.
-        SettingsError: an unknown family, or one that these observations cannot be fitted with.
+        SettingsError: an unknown family, one that these observations cannot be fitted with, or types of no sensible size.
     """
     cells = _Cells.of(evidence, family)
     law = cells.law(cells.count, family)
     if law is None:
         raise _not_identified(cells, family)
+    check_scale(law)
     laws, redrawn = _draw_laws(cells, family, draws, seed)
     points = np.array([_parameters(each) for each in laws])
     empirical = family == "empirical"
@@ -253,7 +256,8 @@ class _Cells:
         """Counts of each cell in bootstrap samples, (M,), without end."""
         while True:
             if self.unit is None:
-                yield rng.multinomial(len(self.cell), self.count / self.count.sum()).astype(np.float64)
+                drawn = self.cell[rng.integers(len(self.cell), size=len(self.cell))]
+                yield np.bincount(drawn, minlength=self.count.size).astype(np.float64)
             else:
                 times = rng.multinomial(self.units, np.full(self.units, 1 / self.units))
                 yield np.bincount(self.cell, times[self.unit], self.count.size).astype(np.float64)
@@ -343,12 +347,13 @@ def _log_normal_mass(a: FloatArray, b: FloatArray) -> FloatArray:
 
 def _fit_lognormal(low: FloatArray, high: FloatArray, share: FloatArray) -> LogNormal | None:
     """Concave in (β, γ) = (1, μ)/σ (Burridge 1981), so there is one maximum; closed form where all is exact."""
-    with np.errstate(divide="ignore"):
-        a, b = np.log(low), np.log(high)
     exact = low == high
     if exact.all():
-        mu = float(share @ a)
-        return LogNormal(float(np.exp(mu)), float(np.sqrt(share @ (a - mu) ** 2)))
+        log = np.log(low)
+        mu = float(share @ log)
+        return LogNormal(float(np.exp(mu)), float(np.sqrt(share @ (log - mu) ** 2)))
+    with np.errstate(divide="ignore"):
+        a, b = np.log(low), np.log(high)
     ends = np.concatenate((a, b))
     ends = ends[np.isfinite(ends)]
     centre, spread = float(np.median(ends)), float(np.ptp(ends))
@@ -593,20 +598,25 @@ def _told_apart(cells: _Cells, family: Family) -> int:
 
 
 def _kolmogorov(cells: _Cells, law: TypeLaw, family: Family, draws: int, seed: int) -> Goodness:
-    """KS distance with estimated parameters; its p-value is simulated, for tables hold only for known ones."""
+    """KS distance with estimated parameters; its p-value is simulated, for tables hold only for known ones.
+
+    √n·distance has a law that hardly depends on n where n is large, so `SIMULATED` observations stand for more.
+    """
     n, rng = len(cells.cell), np.random.default_rng(seed)
+    m = min(n, SIMULATED)
 
     def distance(value: FloatArray, count: FloatArray, fitted: TypeLaw) -> float:
-        below = np.append(0.0, np.cumsum(count)) / n
+        below = np.append(0.0, np.cumsum(count)) / count.sum()
         model = 1 - fitted.moment_above(value, 0)
         return float(max((below[1:] - model).max(), (model - below[:-1]).max()))
 
-    observed, once = distance(cells.low, cells.count, law), np.ones(n)
+    observed, once = distance(cells.low, cells.count, law), np.ones(m)
     further = 0
     for _ in range(draws):
-        value = np.sort(_sample(law, n, rng))
-        again = _FITS[family](value, value, once / n)
-        further += again is not None and distance(value, once, again) >= observed
+        value = np.sort(_sample(law, m, rng))
+        again = _FITS[family](value, value, once / m)
+        if again is not None:
+            further += distance(value, once, again) * np.sqrt(m) >= observed * np.sqrt(n)
     return Goodness("KS", observed, 0, (1 + further) / (1 + draws))
 
 

@@ -40,6 +40,8 @@ MENU = {
     "cost": ("cost_usd",),
     "seconds": ("latency_s",),
 }
+LARGEST = 1e12
+"""No amount is larger: what is, is a slip, and its square would be lost to rounding."""
 SUM = 1e-6
 """Probabilities may miss 1 by this much: they were rounded when they were written down."""
 
@@ -203,7 +205,7 @@ def read_menu(path: Path) -> MenuTable:
     table.needs("quality", "price")
     table = table.called(table.names("tier"))
     types, quality_cost = _said(path, about, "types"), _said(path, about, "quality_cost")
-    quality = table.amounts("quality", most=math.nan if quality_cost == "quadratic" else 1.0)
+    quality = table.amounts("quality", most=LARGEST if quality_cost == "quadratic" else 1.0)
     low, high, delay = _meant_for(table)
     menu = MenuTable(
         table.labels,
@@ -326,9 +328,9 @@ class _Table:
                 raise RecordError("is missing", path=self.path, field=name, hint=nearest(name, self.columns))
 
     def amounts(
-        self, name: str, most: float = math.nan, absent: float | None = None, empty: float | None = None
+        self, name: str, most: float = LARGEST, absent: float | None = None, empty: float | None = None
     ) -> FloatArray:
-        """A column of numbers from 0 to `most` (to be finite where that is NaN), (N,).
+        """A column of numbers from 0 to `most`, (N,).
 
         `absent` stands for the whole column where the file has none, `empty` for an empty cell.
         """
@@ -349,8 +351,8 @@ class _Table:
                     name,
                     "plain digits: 0.25, no signs or units",
                 )
-            if not 0 <= number <= (np.finfo(np.float64).max if math.isnan(most) else most):
-                wanted = "a finite number ≥ 0" if math.isnan(most) or most > 1 else "a number from 0 to 1"
+            if not 0 <= number <= (most if number == most else min(most, LARGEST)):
+                wanted = f"a number from 0 to {most:g}" if most < np.inf else "a number ≥ 0"
                 self.fail(
                     f"is {number:g}, expected {wanted}", i + 1, name, "correct the row, or leave it out"
                 )
@@ -419,6 +421,8 @@ def _csv(path: Path, known: Mapping[str, tuple[str, ...]], other: bool, rows: st
     records: list[list[str]] = []
     try:
         header = next(reader, [])
+        if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
+            raise RecordError("has no commas between its columns", path=path, hint="save it with commas")
         for cells in reader:
             if not cells and len(header) > 1:
                 continue
@@ -463,8 +467,17 @@ def _headers(
 
 def _json(path: Path, text: str) -> tuple[_Table, Mapping[str, Any]]:
     """The tiers as columns, and what else the object says."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise RecordError("is there twice in an object", path=path, field=twice, hint="keep one of them")
+        return found
+
     try:
-        said = json.loads(text)
+        said = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise RecordError(
             f"is not JSON: {error}", path=path, hint="as `walras menu --json` prints it"

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible service: it allocates at live prices and writes down what was paid."""

@@ -1,0 +1,864 @@
+"""One call from its first byte to its last: decide, set money aside, write the hold, ask an upstream, meter, settle, write the entry.
+
+What a client is told comes after what is written: the last byte of an answer leaves when its entry is durable. An attempt that
+fails before a byte went out leaves the request open to the next best use, if that is worth its price: a retry is a use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from random import Random
+from typing import Any
+
+from msgspec import structs
+
+from walras.errors import OutputError
+from walras.gateway.board import Alternative, Board, Decision
+from walras.gateway.books import Books
+from walras.gateway.dialects import prompt_text, read_call
+from walras.gateway.escrow import LocalEscrow, Refused
+from walras.gateway.http import EVENTS, JSON, Gone, HttpError, Request, log_bug
+from walras.gateway.keys import Key
+from walras.gateway.metering import Call as Money
+from walras.gateway.metering import Job, Meter, Tariff, scarcity
+from walras.gateway.metrics import Metrics
+from walras.gateway.redaction import redaction
+from walras.gateway.upstream import Answer, Failure, TokenPrices, Upstream, backoff_s
+from walras.gateway.wire import Call, Dialect, RequestError, Stamp, Usage
+from walras.ledger import Alternative as Written
+from walras.ledger import Entry, Hold, Nano, Store, Ticket, pack, priced
+from walras.ledger.entry import Settled, Status
+from walras.ledger.money import NANO_PER_USD
+
+AUTO = ("auto", "walras/auto", "")
+SHOWN = 8
+"""Alternatives an entry keeps, the best first."""
+OUTPUT_CAP = 16_384
+"""Most output tokens where neither the client nor the model says."""
+TRIES = 4
+"""Attempts at one request, all uses together."""
+AGAIN = 0.5
+"""What a use is still expected to be worth after each of its failures on this request."""
+CHARACTERS = 3
+"""Of generated text for each token, where an upstream does not report usage: fewer than is usual, so that the charge is not low."""
+MOST_OUTPUT = 1_000_000
+"""Most output tokens that may be asked for: no model makes more, and amounts must fit the ledger."""
+MOST_CHOICES = 128
+MOST_USD = 1e6
+"""Largest value of a request per unit of quality."""
+RUNAWAY = 1024
+"""Tokens beyond twice its cap at which a stream is cut, and above which usage is not believed."""
+UNSEEN = 100_000
+"""Prompt tokens beyond one for each byte that usage may claim: for images and files that are named by URL."""
+HIDDEN = 32.0
+"""Most tokens that a model is taken to make for each one that is seen."""
+CLASSES = 1000
+"""Classes of tasks that are priced apart; a client may invent names, and memory must not grow with them."""
+WATCH_S = 0.02
+"""Seconds until a client is watched for leaving: a fast answer is spared the task, which costs as much as its routing."""
+LONGEST = 256
+"""Characters of a class or session."""
+
+
+def _random_hex() -> Iterator[str]:
+    """Six random bytes after the other, drawn in bulk: a system call lets go of Python's lock, which is slow to come back."""
+    while True:
+        bulk = secrets.token_hex(6 * 512)
+        yield from (bulk[k : k + 12] for k in range(0, len(bulk), 12))
+
+
+_random = _random_hex()
+
+
+def new_id(at_ns: int) -> str:
+    """Ids that grow with time and cannot be guessed."""
+    return f"req_{at_ns:016x}{next(_random)}"
+
+
+def id_headers(request_id: str) -> tuple[tuple[bytes, bytes], ...]:
+    """The id under the names that OpenAI's clients and Anthropic's look for."""
+    told = request_id.encode()
+    return (b"x-request-id", told), (b"request-id", told)
+
+
+@dataclass(slots=True)
+class Ask:
+    """One request, as far as it is known before it is answered."""
+
+    request_id: str
+    key: Key
+    call: Call
+    at_ns: int
+    began: float
+    value: float
+    task_class: str
+    """As the client says."""
+    priced_as: str
+    """The class whose prices and experience it has."""
+    session: str | None
+    deadline: float | None
+    text_bytes: int
+    prompt: str | None
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.began
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One use that was tried: its money, and what came of it."""
+
+    use: str
+    upstream: str
+    money: Money
+    held: Nano = 0
+    """What the ledger has of its holds."""
+    writing: tuple[Ticket, Nano] | None = None
+    """A hold that is on its way there."""
+    asked: bool = False
+    """Whether the upstream may have got it."""
+    charged: Nano = 0
+    done: bool = False
+    """Whether it is settled or released."""
+    capped: bool = False
+    """Whether nobody knows what it cost: it is charged what was held."""
+
+
+@dataclass(slots=True)
+class Told:
+    """What became of a request, for its entry."""
+
+    status: Status
+    settled: Settled
+    http_status: int
+    usage: Usage | None = None
+    first: float | None = None
+
+
+@dataclass(slots=True)
+class Run:
+    """A request under way."""
+
+    request: Request
+    ask: Ask
+    attempts: list[Attempt] = field(default_factory=list)
+    decision: Decision | None = None
+    chosen: Alternative | None = None
+    answer: Answer | None = None
+    began: float = 0.0
+    """When the last attempt was begun."""
+    ending: bool = False
+    """Its entry is being made: a client that leaves changes nothing any more."""
+    written: bool = False
+    """Its entry is on its way to the ledger."""
+    gone: bool = False
+    watching: asyncio.Task[None] | None = None
+    """For the client to leave."""
+
+    def watch(self, task: asyncio.Task[None]) -> None:
+        """From now on, end `task` when the client leaves."""
+        self.watching = asyncio.create_task(self.request.hung_up())
+        self.watching.add_done_callback(partial(self.hang_up, task))
+
+    def hang_up(self, task: asyncio.Task[None], watch: asyncio.Task[None]) -> None:
+        """The client has left: what is still being done for it ends."""
+        if not watch.cancelled() and not self.ending:
+            self.gone = True
+            task.cancel()
+
+
+@dataclass(slots=True)
+class Calls:
+    """The road that every call takes."""
+
+    board: Board
+    meter: Meter
+    escrow: LocalEscrow
+    store: Store
+    upstreams: Mapping[str, Upstream]
+    metrics: Metrics
+    menu: dict[str, Any] | None = None
+    open: int = 0
+    """Calls under way."""
+    rng: Random = field(default_factory=Random)
+    """Of backoffs."""
+    books: Books = field(init=False)
+    _endings: set[asyncio.Task[None]] = field(init=False, default_factory=set)
+    """Requests that were cut off and are being settled."""
+    _classes: set[str] = field(init=False, default_factory=set)
+    _hidden: dict[str, float] = field(init=False, default_factory=dict)
+    """Tokens for each one seen, by use."""
+    _redacted: Callable[[str], str] = field(init=False)
+    _prices: dict[str, TokenPrices] = field(init=False)
+    _tariffs: dict[str, Tariff] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.books = Books(self.store)
+        self._classes.update(self.board.economy.classes)
+        self._redacted = redaction(self.board.economy.gateway.redact)
+        self._prices = {name: self._upstream(name).models[name].prices for name in self.board.models}
+        self._tariffs = {name: _dearest(p) for name, p in self._prices.items()}
+
+    def _upstream(self, use: str) -> Upstream:
+        return self.upstreams[self.board.economy.models[use].upstream]
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """Tiers of the menu that is served, which clients may name as models."""
+        return (
+            ()
+            if self.menu is None
+            else tuple(t["name"] for t in self.menu["tiers"] if t["name"] not in self.board.models)
+        )
+
+    def value_of(self, key: Key, task_class: str) -> float | None:
+        """V of a request that does not say: the key's, else the settings'."""
+        if key.value_usd is not None:
+            return key.value_usd
+        return self.board.value_of(key.tenant, task_class)
+
+    async def handle(self, request: Request, dialect: Dialect, key: Key, request_id: str) -> None:
+        """Answer one call. Errors before the first byte are raised as `HttpError`; the entry is written in any case.
+
+        Raises:
+            HttpError: what to tell the client. Gone: it has left. OutputError: the ledger cannot be written.
+        """
+        if self.books.problem is not None:
+            raise _unwritable()
+        began, at_ns = time.perf_counter(), self.board.clock()
+        body = await request.body(self.board.economy.gateway.body_bytes)
+        run = Run(request, self._ask(request, dialect, key, request_id, body, at_ns, began))
+        self.open += 1
+        task = asyncio.current_task()
+        assert task is not None
+        watch = asyncio.get_running_loop().call_later(WATCH_S, run.watch, task)
+        try:
+            await self._answer(run)
+        except asyncio.CancelledError:
+            await self._abandon(run, "cut", 499)
+            if not run.gone:
+                raise  # the service itself is stopping
+            task.uncancel()
+            raise Gone("the client hung up") from None
+        except HttpError as error:
+            if run.attempts:
+                await self._abandon(run, "error", error.status)
+            raise
+        except Exception as error:
+            full = isinstance(error, OutputError)
+            await self._abandon(run, "error", 503 if full else 500)
+            if run.request.started:
+                await self._break_off(run, error)
+                return
+            if full:
+                raise _unwritable() from error
+            raise
+        finally:
+            run.ending = True
+            watch.cancel()
+            if run.watching is not None:
+                run.watching.cancel()
+            self.open -= 1
+
+    async def _break_off(self, run: Run, error: Exception) -> None:
+        """Tell the reader of a stream that it ends here."""
+        what, code = str(_unwritable()), "unavailable"
+        if not isinstance(error, OutputError):
+            log_bug(error)
+            what, code = "the answer broke off inside the gateway", "internal"
+        answer = run.answer
+        if answer is not None and answer.stream is not None:
+            await run.request.write(answer.stream.fail(what, "api_error", code))
+
+    async def _abandon(self, run: Run, status: Status, http_status: int) -> None:
+        """End a request that did not come to its own end, in a task of its own: nothing may cancel that."""
+        run.ending = True
+        if run.written:
+            return
+        ending = asyncio.create_task(self._wind_up(run, status, http_status))
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
+        await asyncio.shield(ending)
+
+    async def _wind_up(self, run: Run, status: Status, http_status: int) -> None:
+        """What was made is paid for; what cannot be known, as it was reserved."""
+        answer, usage = run.answer, None
+        if run.attempts:
+            with suppress(OutputError):
+                await self._landed(run.attempts[-1])
+        if answer is not None:
+            usage = answer.usage
+            with suppress(Failure):
+                await answer.aclose()
+        for attempt in run.attempts:
+            if not attempt.done:
+                await self._settle_unfinished(run, attempt, usage)
+        if not run.attempts and status == "error" and http_status == 503:
+            return  # nothing was begun, and nothing can be written
+        told = Told(status, "exact" if any(a.charged for a in run.attempts) else "none", http_status, usage)
+        with suppress(OutputError):  # it is kept, and written later
+            try:
+                entry = self._entry(run, told)
+            except Exception as error:
+                log_bug(error)
+                entry = self._least_entry(run, told)
+            run.written = True
+            await self.books.close(entry)
+
+    async def _settle_unfinished(self, run: Run, attempt: Attempt, usage: Usage | None) -> None:
+        usage = self._believed(run.ask, attempt, usage)
+        if not attempt.asked:
+            await self._release(attempt)
+        elif usage is None:
+            await self._cap(attempt)
+        else:
+            await self._settle(run, attempt, usage, ended=False)
+
+    async def ended(self) -> None:
+        """Return when what was cut off is settled too."""
+        while self._endings:
+            await asyncio.wait(self._endings)
+
+    # --- what is asked ----------------------------------------------------------------------------------------------
+
+    def _ask(
+        self,
+        request: Request,
+        dialect: Dialect,
+        key: Key,
+        request_id: str,
+        body: bytes,
+        at_ns: int,
+        began: float,
+    ) -> Ask:
+        try:
+            call = read_call(dialect, body)
+            keep = self.board.economy.gateway.keep_prompts
+            prompt = self._redacted(prompt_text(call)) if keep else None
+        except RequestError as error:
+            raise HttpError(
+                400, str(error), code=error.code or "invalid_request", param=error.param
+            ) from error
+        if call.choices > MOST_CHOICES:
+            raise HttpError(400, f"'n' must be at most {MOST_CHOICES}", code="invalid_value", param="n")
+        task_class = _name(request, b"x-walras-class") or key.task_class or ""
+        value = _amount(request, b"x-walras-value", MOST_USD)
+        if value is None:
+            value = (
+                self._tier_value(call.model) if call.model in self.tiers else self.value_of(key, task_class)
+            )
+        return Ask(
+            request_id,
+            key,
+            call,
+            at_ns,
+            began,
+            value or 0.0,
+            task_class,
+            self.priced_as(task_class),
+            _name(request, b"x-walras-session"),
+            _amount(request, b"x-walras-deadline"),
+            len(body),
+            prompt,
+        )
+
+    def priced_as(self, task_class: str) -> str:
+        """The class itself, or none where too many are known."""
+        if task_class not in self._classes:
+            if len(self._classes) >= CLASSES:
+                return ""
+            self._classes.add(task_class)
+        return task_class
+
+    def _tier_value(self, name: str) -> float:
+        """A tier of the menu routes as if quality were worth the least type that takes it."""
+        assert self.menu is not None
+        return float(next(t["type_from"] for t in self.menu["tiers"] if t["name"] == name))
+
+    # --- which use ----------------------------------------------------------------------------------------------------
+
+    async def _decide(self, ask: Ask, failed: Mapping[str, int]) -> tuple[Decision, list[Alternative]]:
+        """All uses at their prices, and those that may be tried, in this order. One that failed is worth less."""
+        model, now = ask.call.model, self.board.clock()
+        scarce = 0.0
+        for account in ask.key.accounts:
+            scarce += scarcity(await self.escrow.standing(account, now), now)
+        decision = self.board.decide(
+            ask.value,
+            self.meter.tokens(model, ask.text_bytes),
+            tenant=ask.key.tenant,
+            task_class=ask.priced_as,
+            scarcity=scarce,
+            without=[*self._down(), *(use for use, times in failed.items() if times >= TRIES)],
+            deadline=None if ask.deadline is None else ask.deadline - ask.elapsed,
+        )
+        named = self._named(model)
+        if named and model not in self.board.models:
+            what = f"there is no model '{model}'; /v1/models lists them"
+            raise HttpError(404, what, code="model_not_found", param="model")
+        if named:
+            return decision, [a for a in decision.ranked if a.use == model]
+        if not ask.value:
+            hint = "send x-walras-value (USD per unit of quality), or give the key or the settings one"
+            what = f"'auto' needs to know what the request is worth: {hint}"
+            raise HttpError(400, what, code="value_missing", param="model")
+        ranked = decision.ranked
+        if failed:
+            again = (structs.replace(a, value=a.value * AGAIN ** failed.get(a.use, 0)) for a in ranked)
+            ranked = tuple(sorted(again, key=lambda a: -a.net))
+        return decision, [a for a in ranked if a.net > 0 or not self.board.economy.defer]
+
+    def _named(self, model: str) -> bool:
+        """Whether the client says which model; if not, prices do."""
+        return model not in AUTO and model not in self.tiers
+
+    def _down(self) -> list[str]:
+        """Models whose upstream takes no request now."""
+        if all(upstream.up for upstream in self.upstreams.values()):
+            return []
+        return [name for name in self.board.models if not self._upstream(name).up]
+
+    def _job(self, ask: Ask, use: str) -> Job:
+        call = ask.call
+        # What comes in one piece is seen when it is paid for, so all that it may cost is set aside.
+        return Job(
+            use,
+            ask.priced_as,
+            self._tariffs[use],
+            self.meter.tokens(use, ask.text_bytes),
+            0
+            if call.dialect == "embeddings"
+            else min(call.max_tokens or OUTPUT_CAP, MOST_OUTPUT) * call.choices,
+            metered=call.stream,
+        )
+
+    # --- the call -----------------------------------------------------------------------------------------------------
+
+    async def _answer(self, run: Run) -> None:
+        ask, failed = run.ask, dict[str, int]()
+        last: Failure | RequestError | None = None
+        self.board.asked(
+            ask.value, self.meter.tokens(ask.call.model, ask.text_bytes), ask.key.tenant, ask.priced_as
+        )
+        while True:
+            run.decision, open_to = await self._decide(ask, failed)
+            may = len(run.attempts) < TRIES and (
+                last is None or isinstance(last, RequestError) or last.may_retry
+            )
+            run.chosen, got = await self._reserve(ask, open_to if may else [])
+            if run.chosen is None or not isinstance(got, Money):
+                raise await self._no_use(run, got, last)
+            use = run.chosen.use
+            attempt = Attempt(use, self._upstream(use).name, got)
+            run.attempts.append(attempt)
+            if isinstance(last, Failure) and failed.get(use):
+                await asyncio.sleep(backoff_s(failed[use], self.rng))
+            try:
+                await self._try(run, attempt)
+                return
+            except RequestError as error:  # this model's API has no place for it; another's may
+                last, failed[use] = last or error, TRIES
+                await self._release(attempt)
+            except Failure as failure:
+                last = failure
+                failed[use] = failed.get(use, 0) + 1
+                self.metrics.count("attempts", attempt.upstream, failure.reason)
+                await (self._cap(attempt) if failure.charged else self._release(attempt))
+
+    async def _reserve(
+        self, ask: Ask, open_to: list[Alternative]
+    ) -> tuple[Alternative | None, Money | Refused | None]:
+        """The first use that the budgets can pay, and its money."""
+        refused: Refused | None = None
+        for alternative in open_to:
+            got = await self.meter.open(ask.key.accounts, self._job(ask, alternative.use), ask.at_ns)
+            if not isinstance(got, Refused):
+                return alternative, got
+            refused = got
+        return None, refused
+
+    async def _no_use(
+        self, run: Run, refused: Money | Refused | None, last: Failure | RequestError | None
+    ) -> HttpError:
+        """Why nothing could be done, written down."""
+        run.chosen = None
+        status: Status = "error"
+        if isinstance(last, Failure):
+            code = last.error.code or last.reason.replace(" ", "_")
+            # What the provider said of the request; what else went wrong names addresses, which are not the client's.
+            message = last.error.message or f"upstream '{last.upstream}' failed: {last.reason}"
+            error = HttpError(last.client_status, message, code=code, headers=_retry(last.retry_after_s))
+        elif last is not None:
+            error = HttpError(400, str(last), code=last.code or "unsuited", param=last.param)
+        elif isinstance(refused, Refused):
+            status, error = "refused", self._no_money(refused, run.ask.key)
+        else:
+            error = self._none_open(run.ask, run.decision)
+            status = "error" if error.status == 503 else "refused"
+        self.metrics.count("refused", error.code if last is None else "failed")
+        await self._close(run, Told(status, "none", error.status))
+        return error
+
+    def _none_open(self, ask: Ask, decision: Decision | None) -> HttpError:
+        """Of the uses that were asked for none is worth its price, or up, or fast enough, or allowed."""
+        named = self._named(ask.call.model)
+        wanted = {ask.call.model} if named else set(self.board.models)
+        who = f"'{ask.call.model}'" if named else "all models"
+        if decision is not None and decision.ranked and not named:
+            best = decision.ranked[0]
+            what = (
+                f"no use is worth its price: the best, {best.use}, is worth {best.value:.3g} USD and costs "
+                f"{best.value - best.net:.3g} at prices version {decision.version}"
+            )
+            return HttpError(402, what, code="not_worth_its_price", headers=(_FINAL,))
+        if wanted <= set(self._down()):
+            what = "no upstream is up for this request"
+            return HttpError(503, what, code="unavailable", headers=_retry(5.0))
+        if ask.deadline is not None:
+            what = f"no use is expected to answer within {ask.deadline:g} s"
+            return HttpError(504, what, code="deadline", headers=(_FINAL,))
+        what = f"the settings forbid {who} to this tenant or class"
+        return HttpError(403, what, code="permission_denied", param="model")
+
+    def _no_money(self, refused: Refused, key: Key) -> HttpError:
+        now = self.board.clock()
+        wait = None if refused.resets_at_ns is None else max((refused.resets_at_ns - now) / 1e9, 0.0)
+        when = "it does not reset" if wait is None else f"it resets in {wait:.0f} s"
+        left = f"{refused.remaining_nano / 1e9:.9f} USD left, too little for this request"
+        if refused.account == "global" and key.scope == "tenant":  # not the tenant's to know
+            left = "too little left for this request"
+        return HttpError(
+            429,
+            f"the budget of {refused.account} has {left}; {when}",
+            code="insufficient_quota",
+            headers=(*_retry(wait), _FINAL),
+        )
+
+    async def _try(self, run: Run, attempt: Attempt) -> None:
+        """One attempt. Raises `Failure` if it failed and the client has seen nothing of it."""
+        ask, money = run.ask, attempt.money
+        await self._hold(run, money.reserved_nano)
+        self.metrics.observe("own_seconds", ask.elapsed)
+        run.began = time.perf_counter()
+        attempt.asked = True
+        try:
+            answer = run.answer = await self._upstream(attempt.use).ask(
+                ask.call,
+                attempt.use,
+                Stamp(ask.request_id, ask.at_ns // 1_000_000_000, attempt.use),
+                max_tokens=money.max_tokens or None,
+                within_s=None if ask.deadline is None else ask.deadline - ask.elapsed,
+            )
+        except RequestError:
+            attempt.asked = False
+            raise
+        try:
+            if answer.reply is None:
+                await self._stream(run, attempt, answer)
+            else:
+                await self._whole(run, attempt, answer)
+        finally:
+            await answer.aclose()
+        run.answer = None
+
+    async def _whole(self, run: Run, attempt: Attempt, answer: Answer) -> None:
+        reply = answer.reply
+        assert reply is not None
+        ask = run.ask
+        usage = self._believed(ask, attempt, reply.usage)
+        told = Told("ok", "exact" if usage else "estimated", 200, usage, answer.first_byte_s)
+        if usage is None:
+            made = min(-(-reply.characters // CHARACTERS), attempt.money.max_tokens)
+            told.usage = usage = Usage(self.meter.tokens(attempt.use, ask.text_bytes), output=made)
+        run.ending = True
+        await self._settle(run, attempt, usage, ended=reply.finish != "length")
+        await self._close(run, told)
+        self.metrics.count("attempts", answer.upstream, "ok")
+        await run.request.answer(200, reply.body, [JSON, *self._headers(run)])
+
+    async def _stream(self, run: Run, attempt: Attempt, answer: Answer) -> None:
+        """Pass a stream on, paying before each piece; its last bytes wait until the entry is written."""
+        request, stream, money = run.request, answer.stream, attempt.money
+        assert stream is not None
+        told, metered, out = Told("ok", "exact", 200), 0, b""
+        most, hidden = 2 * money.max_tokens + RUNAWAY, self._hidden.get(attempt.use, 1.0)
+        try:
+            async with aclosing(answer.__aiter__()) as pieces:
+                async for out in pieces:
+                    if told.first is None:
+                        told.first = time.perf_counter() - run.began
+                    seen = max(stream.pieces, -(-stream.characters // CHARACTERS))
+                    tokens = math.ceil(seen * hidden)
+                    if answer.finished:  # the rest of the loop lets the connection be used again
+                        await self._last(run, attempt, answer, told, out, max(tokens, metered))
+                        continue
+                    if tokens > metered and (
+                        seen > most or await self._refused(run, attempt, tokens - metered)
+                    ):
+                        told.status, metered = (
+                            "cut",
+                            tokens,
+                        )  # the upstream has made them: they go out and are paid
+                        break
+                    metered = max(metered, tokens)
+                    if not request.started:
+                        await request.start(200, [*EVENTS, *self._headers(run)])
+                    await request.write(out)
+        except Failure as failure:
+            if not request.started:
+                raise
+            self.metrics.count("attempts", answer.upstream, failure.reason)
+            told.status, told.settled = "error", "cap"
+            await self._last(run, attempt, answer, told, answer.fail(failure), metered)
+            return
+        if told.status == "cut":
+            usage = Usage(self.meter.tokens(attempt.use, run.ask.text_bytes), output=metered)
+            await self._last(run, attempt, answer, told, out + stream.cut(usage), metered)
+
+    async def _last(
+        self, run: Run, attempt: Attempt, answer: Answer, told: Told, out: bytes, metered: int
+    ) -> None:
+        """Settle a stream, write its entry, and only then send its last bytes."""
+        run.ending = True
+        stream, request = answer.stream, run.request
+        assert stream is not None
+        told.usage = self._believed(run.ask, attempt, stream.usage)
+        if told.usage is not None:
+            told.settled = "exact"
+        elif told.settled != "cap":
+            told.settled = "estimated"
+            told.usage = Usage(self.meter.tokens(attempt.use, run.ask.text_bytes), output=metered)
+        if told.usage is None:
+            await self._cap(attempt)
+        else:
+            ended = told.status == "ok" and stream.finish != "length"
+            await self._settle(run, attempt, told.usage, ended=ended)
+        if told.status == "ok":
+            self._reasoned(attempt.use, stream.pieces, stream.characters, told)
+            self.metrics.count("attempts", answer.upstream, "ok")
+        try:
+            await self._close(run, told)
+        except OutputError:
+            if not request.started:
+                raise
+            out = stream.fail(str(_unwritable()), "api_error", "unavailable")
+        if not request.started:
+            await request.start(200, [*EVENTS, *self._headers(run)])
+        await request.write(out, more=False)
+
+    async def _refused(self, run: Run, attempt: Attempt, tokens: int) -> bool:
+        """Whether the stream must be cut before these tokens go out; a reservation that grew is written first."""
+        before = attempt.money.reserved_nano
+        refused = await attempt.money.emit(tokens)
+        if attempt.money.reserved_nano > before:
+            await self._hold(run, attempt.money.reserved_nano - before)
+        return refused is not None
+
+    def _believed(self, ask: Ask, attempt: Attempt, usage: Usage | None) -> Usage | None:
+        """What an upstream counted, unless it cannot be: more output than asked for, more prompt than was sent."""
+        if usage is None:
+            return None
+        most = 2 * attempt.money.max_tokens + RUNAWAY if ask.call.dialect != "embeddings" else 0
+        return None if usage.completion > most or usage.prompt > ask.text_bytes + UNSEEN else usage
+
+    def _reasoned(self, use: str, pieces: int, characters: int, told: Told) -> None:
+        """Learn how many tokens a model makes for each that is seen, so that those it hides are metered too."""
+        if told.settled != "exact" or told.usage is None:
+            return
+        seen = max(pieces, -(-characters // CHARACTERS), 1)
+        ratio = min(max(told.usage.completion / seen, 1.0), HIDDEN)
+        known = self._hidden.get(use, 1.0)
+        self._hidden[use] = max(ratio, known + (ratio - known) / 64)
+
+    # --- money and memory ---------------------------------------------------------------------------------------------
+
+    async def _hold(self, run: Run, amount: Nano) -> None:
+        """Write down what is set aside, before anything is spent of it."""
+        ask, attempt = run.ask, run.attempts[-1]
+        own_id = f"{ask.request_id}.{len(run.attempts)}.{attempt.money.reserved_nano}"
+        hold = Hold(own_id, ask.request_id, ask.at_ns, ask.key.id, ask.key.tenant, amount)
+        attempt.writing = (self.store.hold(hold), amount)
+        await self._landed(attempt)
+
+    async def _landed(self, attempt: Attempt) -> None:
+        """Wait for the hold that is being written. One that was not written is not held."""
+        if attempt.writing is None:
+            return
+        ticket, amount = attempt.writing
+        try:
+            await self.store.written(ticket)
+        finally:  # it may be written even if this was cancelled
+            if ticket.done:
+                attempt.writing = None
+                attempt.held += amount if ticket.error is None else 0
+
+    async def _release(self, attempt: Attempt) -> None:
+        await attempt.money.release()
+        attempt.done = True
+
+    async def _cap(self, attempt: Attempt) -> None:
+        """Nobody can say what it cost: all that is held is taken for it."""
+        attempt.capped, attempt.charged = True, attempt.held
+        await attempt.money.settle(attempt.charged, ended=False)
+        attempt.done = True
+
+    async def _settle(self, run: Run, attempt: Attempt, usage: Usage, *, ended: bool) -> None:
+        ask, use = run.ask, attempt.use
+        attempt.charged = self._prices[use].cost_nano(usage)
+        await attempt.money.settle(attempt.charged, usage.completion, ended=ended)
+        attempt.done = True
+        self.meter.learn_tokens(use, ask.text_bytes, usage.prompt)
+        self.board.came_back(use, ask.priced_as, usage.completion, time.perf_counter() - run.began)
+
+    async def _close(self, run: Run, told: Told) -> None:
+        """Write the entry, and return when it is durable."""
+        run.ending = True
+        entry = self._entry(run, told)
+        run.written = True
+        await self.books.close(entry)
+        self._count(run, entry)
+
+    def _entry(self, run: Run, told: Told) -> Entry:
+        ask, decision, use = run.ask, run.decision, run.chosen.use if run.chosen else None
+        usage, seconds = told.usage, ask.elapsed
+        charged, reserved = sum(a.charged for a in run.attempts), sum(a.held for a in run.attempts)
+        quality = self.board.expected(use, ask.priced_as).quality if use is not None else None
+        delay = 0 if use is None else priced(seconds, self.board.delay_price(ask.key.tenant, ask.priced_as))
+        return Entry(
+            request_id=ask.request_id,
+            at_ns=ask.at_ns,
+            tenant=ask.key.tenant,
+            key_id=ask.key.id,
+            status=told.status,
+            settled=_settled(run.attempts, told, charged, reserved),
+            session=ask.session,
+            task_class=ask.task_class or None,
+            model_asked=ask.call.model or None,
+            use=use,
+            upstream=run.attempts[-1].upstream if run.attempts else None,
+            http_status=told.http_status,
+            value_usd=ask.value,
+            quality_expected=quality,
+            value_nano=0 if quality is None else priced(quality, ask.value),
+            compute_nano=charged,
+            latency_nano=delay,
+            risk_nano=0 if run.chosen is None else priced(1.0, max(run.chosen.risk, 0.0)),
+            alternatives=b"" if decision is None else pack([_written(a) for a in decision.ranked[:SHOWN]]),
+            propensity=1.0 if use is not None else None,
+            prices_version=None if decision is None else str(decision.version),
+            input_tokens=None if usage is None else usage.prompt,
+            cached_input_tokens=None if usage is None else usage.cached_input,
+            output_tokens=None if usage is None else usage.completion,
+            reasoning_tokens=None if usage is None else usage.reasoning,
+            reserved_nano=reserved,
+            charged_nano=charged,
+            seconds_to_first=told.first,
+            seconds=seconds,
+            own_delay_nano=delay,
+            prompt=ask.prompt,
+        )
+
+    def _least_entry(self, run: Run, told: Told) -> Entry:
+        """The money of a request whose entry could not be made, for it must not stay open."""
+        ask = run.ask
+        charged, reserved = sum(a.charged for a in run.attempts), sum(a.held for a in run.attempts)
+        return Entry(
+            request_id=ask.request_id,
+            at_ns=ask.at_ns,
+            tenant=ask.key.tenant,
+            key_id=ask.key.id,
+            status=told.status,
+            settled=_settled(run.attempts, told, charged, reserved),
+            http_status=told.http_status,
+            compute_nano=charged,
+            reserved_nano=reserved,
+            charged_nano=charged,
+        )
+
+    def _count(self, run: Run, entry: Entry) -> None:
+        use, chosen, m = entry.use or "none", run.chosen, self.metrics
+        m.count("requests", use, entry.status)
+        if chosen is None or run.decision is None or entry.seconds is None:
+            return
+        m.count("charged_usd", use, by=entry.charged_nano / 1e9)
+        m.count("surplus_usd", use, by=chosen.net)
+        if run.decision.ranked and entry.model_asked in self.board.models:
+            m.count("named_regret_usd", use, by=max(run.decision.surplus - chosen.net, 0.0))
+        m.count("tokens", use, "input", by=entry.input_tokens or 0)
+        m.count("tokens", use, "output", by=entry.output_tokens or 0)
+        m.observe("request_seconds", entry.seconds, use)
+        if entry.seconds_to_first is not None:
+            m.observe("first_byte_seconds", entry.seconds_to_first, use)
+
+    def _headers(self, run: Run) -> list[tuple[bytes, bytes]]:
+        assert run.chosen is not None
+        assert run.decision is not None
+        return [
+            *id_headers(run.ask.request_id),
+            (b"x-walras-use", run.chosen.use.encode("ascii", "replace")),
+            (b"x-walras-surplus", f"{run.chosen.net:.9f}".encode()),
+            (b"x-walras-prices-version", str(run.decision.version).encode()),
+        ]
+
+
+def _settled(attempts: Sequence[Attempt], told: Told, charged: Nano, reserved: Nano) -> Settled:
+    """How sure the charge is: 'cap' says that all of it, and all that was held, is a guess."""
+    if any(a.capped for a in attempts):
+        return "cap" if charged == reserved else "estimated"
+    return told.settled if charged or told.settled == "estimated" or told.usage else "none"
+
+
+def _unwritable() -> HttpError:
+    what = "the ledger cannot be written now, and what cannot be written is not spent"
+    return HttpError(503, what, code="unavailable", headers=_retry(1.0))
+
+
+def _written(a: Alternative) -> Written:
+    priced(1.0, abs(a.value) + abs(a.compute) + abs(a.latency) + abs(a.risk))  # raises where one is no amount
+    value, compute = round(a.value * NANO_PER_USD), round(a.compute * NANO_PER_USD)
+    latency, risk = round(a.latency * NANO_PER_USD), round(a.risk * NANO_PER_USD)
+    return Written(a.use, value, compute, latency, risk, value - compute - latency - risk)
+
+
+def _dearest(prices: TokenPrices) -> Tariff:
+    """The most a token can be billed, whatever its kind."""
+    inputs = (prices.input, prices.cached_input or 0, prices.cache_write or 0)
+    return Tariff(max(inputs), max(prices.output, prices.reasoning or 0))
+
+
+def _amount(request: Request, name: bytes, most: float = math.inf) -> float | None:
+    said = request.header(name)
+    if said is None:
+        return None
+    try:
+        value = float(said)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= most or math.isinf(value):
+        limit = "" if math.isinf(most) else f" and at most {most:,.0f}"
+        what = f"'{name.decode()}' must be a finite number of at least 0{limit}"
+        raise HttpError(400, what, code="invalid_value", param=name.decode())
+    return value
+
+
+def _name(request: Request, header: bytes) -> str | None:
+    said = request.header(header)
+    if said and (len(said) > LONGEST or not said.isprintable()):
+        what = f"'{header.decode()}' must be at most {LONGEST} printable characters"
+        raise HttpError(400, what, code="invalid_value", param=header.decode())
+    return said or None
+
+
+_FINAL = (b"x-should-retry", b"false")
+
+
+def _retry(seconds: float | None) -> tuple[tuple[bytes, bytes], ...]:
+    return () if seconds is None else ((b"retry-after", str(math.ceil(seconds)).encode()),)

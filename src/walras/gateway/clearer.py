@@ -1,0 +1,130 @@
+"""The process that finds prices, apart from the one that serves: the solver is large, and must not make requests wait.
+
+python -m walras.gateway.clearer      # one JSON line in for each clearing, one JSON line out
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from walras.errors import InfeasibleError, NotCleared
+from walras.gateway.board import Board, Standing
+from walras.gateway.offers import Asked, Experience, Known, tasks_of, uses_of
+from walras.prices import Prices
+from walras.settings import Economy
+
+LINE = 64 * 1024 * 1024
+"""Longest line between the two processes, bytes."""
+
+
+def clear(economy: Economy, asked: Sequence[Asked], known: Known, start: Sequence[float]) -> dict[str, Any]:
+    """Prices of the settings' limits over these requests, with their certificate; or the problem."""
+    from walras.market.shadow import discover  # noqa: PLC0415 - the serving process imports this module, not the solver
+
+    rows = economy.constraints({})
+    try:
+        found = discover(
+            tasks_of(economy, asked),
+            uses_of(economy, asked, known),
+            rows,
+            defer=economy.defer,
+            declared=economy.declared(),
+            start=np.array(start) if len(start) == len(rows) and rows else None,
+        )
+    except (InfeasibleError, NotCleared) as error:
+        return {"problem": str(error)}
+    c = found.certificate
+    certificate = {
+        name: getattr(c, name) for name in ("objective", "dual", "gap", "max_violation", "slackness")
+    }
+    return {"prices": found.prices.to_json(), "certificate": certificate}
+
+
+def main() -> None:
+    """Serve clearings on standard input until it ends."""
+    economy = Economy.model_validate_json(sys.stdin.readline())
+    for line in sys.stdin:
+        wanted = json.loads(line)
+        asked = [Asked(*row) for row in wanted["asked"]]
+        known = {(model, c): Experience(*row) for model, c, row in wanted["known"]}
+        sys.stdout.write(json.dumps(clear(economy, asked, known, wanted["start"])) + "\n")
+        sys.stdout.flush()
+
+
+class Clearer:
+    """The serving side: asks for new prices every few seconds, and posts what is certified."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def run(self) -> None:
+        """Clear for ever. A process that dies is started again; its failure is shown on the board."""
+        while True:
+            await asyncio.sleep(self._board.economy.gateway.reclear_s)
+            try:
+                await self.once()
+            except (OSError, ValueError, EOFError) as error:
+                await self.stop()
+                self._board.post(
+                    replace(self._board.standing, problem=f"prices could not be found again: {error}")
+                )
+
+    async def once(self) -> None:
+        """One clearing, if there is anything to clear."""
+        board = self._board
+        asked, known = board.latest()
+        if not asked:
+            return
+        process = self._process or await self._start()
+        before = board.standing
+        question = {
+            "asked": [(a.value, a.tokens, a.tenant, a.task_class) for a in asked],
+            "known": [(model, c, list(asdict(e).values())) for (model, c), e in known.items()],
+            "start": [p.multiplier for p in before.prices.discovered],
+        }
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(question).encode() + b"\n")
+        await process.stdin.drain()
+        line = await process.stdout.readline()
+        if not line:
+            raise EOFError("the clearing process ended")
+        answer = json.loads(line)
+        if "problem" in answer:
+            board.post(replace(before, problem=answer["problem"]))
+            return
+        prices = Prices.from_json(answer["prices"])
+        now = board.clock()
+        board.post(Standing(before.version + 1, prices, answer["certificate"], now, len(asked), None))
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        self._process = process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "walras.gateway.clearer",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=LINE,
+        )
+        assert process.stdin is not None
+        process.stdin.write(self._board.economy.model_dump_json().encode() + b"\n")
+        return process
+
+    async def stop(self) -> None:
+        """End the process."""
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""`walras serve`, `keys`, `ledger`, `check` as a user meets them: what they print, what they keep to themselves, what errors teach."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import sqlite3
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import gateways
+from gateways import Service, running
+from logs import Ran, walras, walras_script
+
+ROOT = Path(__file__).parent.parent
+UPSTREAM = """
+value = 1.0
+[upstreams.first]
+base_url = "{url}"
+key_env = ["WALRAS_TEST_KEY"]
+[models.m]
+upstream = "first"
+input_usd = 1
+output_usd = 2
+"""
+
+
+def call(service: Service, path: str, body: object = None, key: str | None = None) -> Any:
+    """What the service answers to one request, and its id."""
+    request = urllib.request.Request(
+        service.url + path,
+        None if body is None else json.dumps(body).encode(),
+        {"authorization": f"Bearer {key or service.key}"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer), answer.headers["x-request-id"]
+
+
+def chat(service: Service, key: str | None = None) -> str:
+    body = {"model": "auto", "max_tokens": 4, "messages": [{"role": "user", "content": "Hello"}]}
+    return str(call(service, "/v1/chat/completions", body, key)[1])
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One that has answered three requests, and was told how good one of the answers was."""
+    with running(tmp_path_factory.mktemp("commands")) as found:
+        ids = [chat(found) for _ in range(3)]
+        call(found, "/v1/outcomes", {"request_id": ids[0], "quality": 1.0})
+        yield found
+
+
+def failed(ran: Ran, code: int, *says: str) -> None:
+    """It ended with this code, one line on stderr that says all of these, and no trace of Python."""
+    assert ran.code == code, (ran.out, ran.err)
+    assert "Traceback" not in ran.err
+    assert "a bug in Walras" not in ran.err
+    line = " ".join(ran.err.split())
+    for part in says:
+        assert part in line, (part, line)
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_secret_is_shown_once_and_never_again(tmp_path: Path) -> None:
+    data = ("--data", tmp_path / "new" / "data")  # made with all that leads to it
+    made = walras(
+        "keys", "create", "--tenant", "acme", "--budget-usd", 12.5, "--period", "week", "--json", *data
+    ).data
+    secret = made.pop("key")
+    assert secret.startswith("wl-")
+    assert made["budget_usd"] == 12.5
+    assert (made["tenant"], made["scope"], made["period"]) == ("acme", "tenant", "week")
+    rotated = walras("keys", "rotate", made["id"], "--json", *data).data
+    assert rotated["key"] != secret
+    plain = walras("keys", "create", "--tenant", "other", *data)
+    listed = [walras("keys", "list", *data), walras("keys", "list", "--json", *data)]
+    listed.append(walras("keys", "revoke", made["id"], *data))
+    listed.append(walras("keys", "revoke", made["id"], "--json", *data))
+    for shown in listed:
+        assert shown.code == 0
+        for one in (secret, rotated["key"], plain.out.strip()):
+            assert one not in shown.out + shown.err
+    assert "$12.50 by week" in listed[0].out
+    assert [key["tenant"] for key in listed[1].data["keys"]] == ["acme", "other"]
+    assert listed[3].data["revoked_ns"] is not None
+    kept = b"".join(file.read_bytes() for file in (tmp_path / "new" / "data").iterdir())
+    assert secret.encode() not in kept
+    assert oct((tmp_path / "new" / "data" / "keys.sqlite").stat().st_mode)[-3:] == "600"
+
+
+def test_a_new_key_works_at_once_and_a_revoked_one_soon_does_not(service: Service) -> None:
+    made = walras(
+        "keys", "create", "--tenant", "fresh", "--budget-usd", 1, "--data", service.data, "--json"
+    ).data
+    chat(service, made["key"])
+    budget, _ = call(service, "/v1/budgets", key=made["key"])
+    assert budget["budget_usd"] == 1.0
+    assert 0 < budget["spent_usd"] < 0.01
+    assert budget["reserved_usd"] == 0
+    assert budget["multiplier"] >= 0
+    walras("keys", "revoke", made["id"], "--data", service.data)
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        for _ in range(40):
+            chat(service, made["key"])
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    walras("keys", "create", "--tenant", "[/bold]x", "--class", "[red]", "--data", tmp_path)
+    shown = walras("keys", "list", "--data", tmp_path).out
+    assert "[/bold]x" in shown
+    assert "[red]" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (("keys", "list", "--data", "nowhere"), 4, ("no keys.sqlite", "walras keys create", "--data")),
+        (("keys", "create"), 2, ("--tenant",)),
+        (("keys", "create", "--tenant", ""), 4, ("name of a tenant",)),
+        (("keys", "create", "--tenant", "a", "--budget-usd", "1e12"), 4, ("below",)),
+        (("keys", "create", "--tenant", "a", "--budget-usd", "-1"), 2, ("--budget-usd",)),
+        (("keys", "create", "--tenant", "a", "--value", "nan"), 4, ("finite",)),
+        (("keys", "create", "--tenant", "a", "--period", "fortnight"), 2, ("'week'",)),
+        (("keys", "create", "--tenant", "a", "--data", "file"), 7, ("file", "cannot be made")),
+        (("ledger", "verify", "--data", "nowhere"), 4, ("no ledger.sqlite", "walras serve")),
+        (("ledger", "stats", "--data", "broken"), 3, ("ledger.sqlite", "not a database")),
+        (("keys", "list", "--data", "broken"), 3, ("keys.sqlite", "not a database")),
+    ],
+)
+def test_errors_say_what_to_do(
+    options: tuple[str, ...],
+    code: int,
+    says: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("broken").mkdir()
+    for name in ("keys", "ledger"):
+        Path(f"broken/{name}.sqlite").write_text("no database, but long enough to be taken for one\n" * 20)
+    failed(walras(*options), code, *says)
+
+
+def test_a_key_is_named_by_its_id(tmp_path: Path) -> None:
+    made = walras("keys", "create", "--tenant", "a", "--data", tmp_path, "--json").data
+    wrong = walras("keys", "revoke", made["key"], "--data", tmp_path)
+    failed(wrong, 4, "never by its secret", "walras keys list")
+    assert made["key"] not in wrong.err
+    failed(walras("keys", "rotate", made["id"][:-1], "--data", tmp_path), 4, f"did you mean '{made['id']}'?")
+
+
+# --- ledger -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_ledger_is_read_while_the_service_writes_it(service: Service) -> None:
+    data = ("--data", service.data)
+    figures = walras("ledger", "stats", "--json", *data).data
+    assert figures["entries"] >= 3
+    assert figures["outcomes"] == 1
+    assert figures["by_status"]["ok"] >= 3
+    shown = walras("ledger", "stats", *data).out
+    assert "default" in shown
+    assert " UTC" in shown
+    books = walras("ledger", "verify", "--json", *data).data
+    assert books["ok"] is True
+    assert books["entries"] >= figures["entries"]
+    assert books["violations"] == []
+    assert "The ledger balances." in walras("ledger", "verify", *data).out
+    assert walras("ledger", "verify", *data).out.count("\n") < 20
+
+
+def test_an_export_says_what_is_in_it_and_that_it_is_simulated(service: Service, tmp_path: Path) -> None:
+    plain, wide = tmp_path / "log.parquet", tmp_path / "wide.parquet"
+    done = walras("ledger", "export", "-o", plain, "--data", service.data, "--json").data
+    assert done["requests"] == done["rows"] == pq.read_metadata(plain).num_rows
+    assert done["with_quality"] == 1
+    assert done["synthetic"] is True
+    told = walras("ledger", "export", "-o", wide, "--alternatives", "--data", service.data)
+    assert "1 of them with an outcome" in " ".join(told.err.split())
+    assert "SIMULATED" in told.err
+    assert pq.read_metadata(wide).num_rows == 3 * done["requests"]
+    audited = walras("audit", plain, "--json").data
+    assert audited["synthetic"] is True
+    failed(
+        walras("ledger", "export", "-o", tmp_path / "no" / "x.parquet", "--data", service.data),
+        7,
+        "no folder",
+    )
+
+
+def test_books_that_do_not_balance_are_named(tmp_path: Path) -> None:
+    with running(tmp_path) as served:
+        request_id = chat(served)
+    with sqlite3.connect(served.data / "ledger.sqlite") as file:
+        file.execute("DROP TRIGGER entries_stay")
+        file.execute("UPDATE entries SET charged_nano = charged_nano + 1")
+    file.close()
+    ran = walras("ledger", "verify", "--data", served.data)
+    failed(ran, 3, "do not balance")
+    assert "does not balance" in ran.out
+    assert walras("ledger", "verify", "--data", served.data, "--json").code == 3
+    assert request_id not in ran.err
+
+
+def test_what_is_old_is_retired_when_nothing_writes(service: Service, tmp_path: Path) -> None:
+    failed(walras("ledger", "retain", "--days", 1, "--data", service.data), 7, "another process writes it")
+    with running(tmp_path) as served:
+        chat(served)
+    assert walras("ledger", "retain", "--days", 1, "--data", served.data, "--json").data == {"removed": 0}
+    assert walras("ledger", "verify", "--data", served.data).code == 0
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+
+def settings(folder: Path, text: str) -> tuple[str, Path]:
+    path = folder / "economy.toml"
+    path.write_text(text, encoding="utf-8")
+    return "--settings", path
+
+
+def test_check_without_settings_says_that_all_is_simulated() -> None:
+    ran = walras("check")
+    assert ran.code == 0
+    assert "answers" in ran.out
+    assert "SIMULATED" in ran.err
+    assert walras("check", "--json").data == {
+        "upstreams": [{"upstream": "simulated", "route": "default", "problem": None}]
+    }
+
+
+def test_check_names_what_does_not_answer_and_keeps_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:  # bound and not listening: nobody else can answer there
+        taken.bind(("127.0.0.1", 0))
+        file = settings(tmp_path, UPSTREAM.format(url=f"http://127.0.0.1:{taken.getsockname()[1]}/v1"))
+        failed(walras("check", *file), 4, "upstreams.first.key_env", "WALRAS_TEST_KEY is not set")
+        monkeypatch.setenv("WALRAS_TEST_KEY", "sk-very-secret-1234")
+        for options in ((), ("--json",)):
+            ran = walras("check", *file, *options)
+            failed(ran, 4, "first", "cannot be reached")
+            assert "sk-very-secret" not in ran.out + ran.err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("x = 1", ("x: unknown setting",)),
+        ("x = [", ("is not TOML",)),
+        (
+            UPSTREAM.format(url="http://x/v1").replace('upstream = "first"', 'upstream = "frist"'),
+            ("no upstream 'frist'", "first"),
+        ),
+        (
+            UPSTREAM.format(url="http://x/v1").replace("base_url", "bas_url"),
+            ("unknown setting", "'base_url'"),
+        ),
+        ('[upstreams.first]\nkind = "simulated"\n', ("models",)),
+        ('[gateway]\nredact = ["("]\n', ("gateway.redact", "no regular expression")),
+    ],
+)
+def test_settings_that_cannot_serve_are_refused_by_serve(
+    text: str, says: tuple[str, ...], tmp_path: Path
+) -> None:
+    ran = walras_script("serve", *settings(tmp_path, text), "--data", tmp_path / "data", "--port", 0)
+    failed(ran, 4, *says)
+    assert ran.out == ""
+
+
+# --- serve ------------------------------------------------------------------------------------------------------------
+
+
+def test_ready_is_one_line_and_the_key_is_told_once(tmp_path: Path) -> None:
+    with running(tmp_path) as first:
+        assert first.key.startswith("wl-")
+        assert first.key not in first.log.read_text(encoding="utf-8")
+        chat(first)
+    with running(tmp_path, key=first.key) as again:
+        assert again.key == first.key, "there is a key already: it is not told again, and no other is made"
+        chat(again)
+    assert len(walras("keys", "list", "--data", first.data, "--json").data["keys"]) == 1
+
+
+def test_without_ready_json_it_says_where_and_that_it_is_simulated(tmp_path: Path) -> None:
+    command = [gateways.WALRAS, "serve", "--data", tmp_path / "data", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = [process.stderr.readline() for _ in range(3)]
+        process.terminate()
+    assert "SIMULATED" in lines[0]
+    assert "wl-" in lines[1]
+    assert lines[2].startswith("watch: http://127.0.0.1:")
+    assert process.returncode == 0
+
+
+def test_what_stands_in_the_way_is_named(service: Service, tmp_path: Path) -> None:
+    port = service.url.rpartition(":")[2]
+    failed(walras_script("serve", "--data", tmp_path / "a", "--port", port), 4, "already in use", "--port")
+    failed(walras_script("serve", "--data", service.data, "--port", 0), 7, "another process writes it")
+    failed(walras_script("serve", "--data", "/proc/no", "--port", 0), 7, "cannot be made")
+    menu = tmp_path / "menu.json"
+    menu.write_text("{}")
+    failed(
+        walras_script("serve", "--data", tmp_path / "b", "--menu", menu, "--port", 0), 4, "walras menu --json"
+    )
+    chat(service)  # which goes on
+
+
+# --- completion, help, and the example --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "has"),
+    [
+        ("walras se", {"serve"}),
+        ("walras keys ", {"create", "list", "rotate", "revoke"}),
+        ("walras ledger ", {"export", "verify", "stats", "retain"}),
+        ("walras keys create --bud", {"--budget-usd"}),
+        ("walras keys create --period ", {"none", "minute", "hour", "day", "week", "month"}),
+    ],
+)
+def test_the_shell_completes_it(line: str, has: set[str]) -> None:
+    asked = {
+        "_WALRAS_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(line.split(" ")) - 1),
+    }
+    assert set(walras_script(env={**os.environ, **asked}).out.split()) == has
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "keys create", "keys list", "keys rotate", "keys revoke", "ledger export", "ledger verify", "ledger stats", "ledger retain"])  # fmt: skip
+def test_help_has_a_word_on_every_option(command: str) -> None:
+    from typer.main import get_command  # noqa: PLC0415 - typer's own view of the options
+
+    from walras.cli import app  # noqa: PLC0415
+
+    found: Any = get_command(app)
+    for word in command.split():
+        found = found.commands[word]
+    assert found.help
+    assert [p.name for p in found.params if not getattr(p, "help", None)] == []
+    if command != "serve":
+        assert "json" in {p.name for p in found.params}
+
+
+def test_the_example_spends_a_budget_and_audits_its_own_ledger(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("service_example", ROOT / "examples" / "service.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    for name, value in {"BUDGET_USD": "0.0011", "BATCH": 8, "BATCHES": 9, "AT_ONCE": 8, "WORDS": 6}.items():
+        monkeypatch.setattr(example, name, value)
+    example.main(tmp_path / "service")
+    out = capfd.readouterr().out
+    assert "SIMULATED" in out
+    assert "The ledger balances." in out
+    assert "SYNTHETIC LOG" in out
+    table = out.split("what answered\n")[1].split("What is under way")[0]
+    prices = [float(line.split()[2].replace(",", "")) for line in table.splitlines()]
+    assert prices[0] < prices[-1], "money grew dear as it ran short"
+    assert "none (4" in table, "and then ran out"
