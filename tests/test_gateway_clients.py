@@ -214,6 +214,7 @@ def test_openai_responses(client: Any) -> None:
     assert said.max_output_tokens == 16
     assert parsed.output_parsed == Place(city="SIMULATED hello", count=1)
     assert (call.type, call.name) == ("function_call", "weather")
+    assert call.call_id.startswith("call_simulated")
     assert after.output_text.startswith("SIMULATED answer")
 
 

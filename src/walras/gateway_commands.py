@@ -26,12 +26,19 @@ from walras.gateway.escrow import PERIODS
 from walras.gateway.keys import Key, KeyStore, NewKey
 from walras.ledger import Store, open_store, stats, usd, verify
 from walras.ledger.money import nano
+from walras.ledger.store import LEDGER
 from walras.settings import Economy, load_economy
 
 DATA = Path("walras-data")
 Data = Annotated[Path, typer.Option("--data", help="Folder of the service's state: keys, ledger")]
 LedgerUrl = Annotated[
-    str | None, typer.Option("--ledger", help="postgresql://… in place of the SQLite file in the folder")
+    str | None,
+    typer.Option(
+        "--ledger",
+        envvar=LEDGER,
+        help="postgresql://… in place of the SQLite file in the folder",
+        show_envvar=True,
+    ),
 ]
 Settings = Annotated[Path | None, typer.Option("--settings", help="Settings file, economy.toml")]
 Json = Annotated[bool, typer.Option("--json", help="Print plain data instead of tables")]
@@ -66,10 +73,11 @@ def serve(
     what = {
         "economy": economy.model_dump_json(),
         "data": str(data),
-        "ledger": ledger,
         "menu": None if menu is None else str(menu),
         "ready_json": ready_json,
     }
+    if ledger is not None:
+        os.environ[LEDGER] = ledger
     os.execv(sys.executable, [sys.executable, "-m", "walras.gateway.process", json_module.dumps(what)])
 
 

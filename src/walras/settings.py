@@ -135,7 +135,10 @@ class GatewaySettings(_Table):
     )
     body_bytes: Annotated[int, Field(ge=1024)] = Field(16_000_000, description="Largest request body")
     keep_prompts: bool = Field(False, description="Whether the ledger keeps prompts, after redaction")
-    redact: tuple[str, ...] = Field((), description="Regular expressions of what else is blanked in kept prompts: secrets, e-mail addresses and card numbers always are")
+    redact: tuple[str, ...] = Field(
+        (),
+        description="Regular expressions of what else is blanked in kept prompts: secrets, e-mail addresses and card numbers always are",
+    )
 
 
 class MenuSettings(_Table):

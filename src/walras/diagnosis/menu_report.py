@@ -34,6 +34,7 @@ def menu_data(found: Published) -> dict[str, Any]:
         "objective": menu.objective,
         "types": found.whose.spec,
         "quality_cost": made.spec,
+        "lambda0": made.technology.latency_price,
         "synthetic": found.synthetic,
         "tiers": [_tier_data(found, k) for k in range(len(menu.tiers))],
         "certificate": {

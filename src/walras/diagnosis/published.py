@@ -134,6 +134,8 @@ def publish(
     if isinstance(whose.law, Grid):
         if not isinstance(technology, Offerings):
             raise SettingsError("types that mind delay need offerings with seconds", key="quality_cost")
+        if technology.latency_price:
+            raise SettingsError("says what delay costs users, and so does the table of types", key="lambda0")
         free = (technology.quality, technology.seconds, technology.cost)
         best = screen(
             whose.law,
@@ -181,12 +183,12 @@ def check_file(path: Path, economy: Economy, read: ReadLog, tolerance: float) ->
     if made is None and menu.quality_cost == "quadratic":
         made = menu.quality_cost
     both = economy.menu.model_copy(update={"types": types, "quality_cost": made})
-    economy = economy.model_copy(update={"menu": both})
+    delay = _or(economy.lambda0, menu.lambda0)
+    economy = economy.model_copy(update={"menu": both, "lambda0": delay})
     law = None if types is None else _whose(economy, read, None).law
     technology = None
     if made is not None:
         technology = _made(economy, read, Prices(declared=economy.declared()), False, 0).technology
-    delay = _or(economy.lambda0, 0.0)
     return check(menu, law, technology, latency_price=delay, tolerance=tolerance)
 
 
@@ -292,7 +294,7 @@ def _made(economy: Economy, read: ReadLog, prices: Prices, routed: bool, seed: i
     if spec == "quadratic":
         if routed:
             raise SettingsError("needs a log for its quality and cost", key="routed")
-        return Made(spec, Quadratic())
+        return Made(spec, Quadratic(_or(economy.lambda0, 0.0)))
     path = Path(spec)
     if is_log(path):
         return _from_log(spec, read(path, economy, routed), economy, prices, routed, seed)

@@ -8,13 +8,13 @@ from base64 import b64encode
 from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from walras.errors import OutputError, RecordError, WalrasError
 from walras.gateway.board import Board, Standing, standing_json
-from walras.gateway.calls import Calls, id_headers, new_id
+from walras.gateway.calls import LONGEST, Calls, id_headers, new_id
 from walras.gateway.dialects import error_body
 from walras.gateway.escrow import LocalEscrow
 from walras.gateway.http import EVENTS, Gone, HttpError, Receive, Request, Scope, Send, log_bug
@@ -54,10 +54,17 @@ DIALECTS: dict[str, Dialect] = {
 SHOWN = 40
 """Requests shown where no limit is given."""
 MOST_SHOWN = 500
+MOST_USES = 1000
+"""Uses that are priced in one call."""
+MOST_AMOUNT = 1e9
+"""Of USD, seconds and the like: what is larger is a mistake."""
 HEARTBEAT_S = 15.0
 """Seconds of silence on the stream of prices before a comment keeps it open."""
 
 Handler = Callable[[Request, Key], Awaitable[None]]
+
+
+_Amount = Annotated[float, msgspec.Meta(ge=-MOST_AMOUNT, le=MOST_AMOUNT)]
 
 
 class _OutcomeBody(msgspec.Struct):
@@ -65,25 +72,25 @@ class _OutcomeBody(msgspec.Struct):
 
     request_id: str
     quality: float
-    loss_usd: float | None = None
-    source: str = "user"
+    loss_usd: _Amount | None = None
+    source: Annotated[str, msgspec.Meta(max_length=LONGEST)] = "user"
 
 
 class _UseBody(msgspec.Struct):
     """One use to be priced, in physical amounts."""
 
     name: str
-    quality: float = 0.0
-    usd: float = 0.0
-    seconds: float = 0.0
-    risk: float = 0.0
+    quality: _Amount = 0.0
+    usd: _Amount = 0.0
+    seconds: _Amount = 0.0
+    risk: _Amount = 0.0
 
 
 class _DecideBody(msgspec.Struct):
     """What `POST /v1/decide` takes."""
 
-    uses: list[_UseBody]
-    value_usd: float | None = None
+    uses: Annotated[list[_UseBody], msgspec.Meta(max_length=MOST_USES)]
+    value_usd: _Amount | None = None
     task_class: str = ""
 
 
@@ -125,6 +132,11 @@ class Gateway:
         except HttpError as error:
             body = error_body(dialect, error.status, str(error), code=error.code, param=error.param)
             await self._fail(request, request_id, error.status, body, list(error.headers))
+        except asyncio.CancelledError:
+            if not self.stopping.is_set() or request.started:
+                raise
+            body = error_body(dialect, 503, "the service is stopping", code="unavailable")
+            await self._fail(request, request_id, 503, body, [(b"retry-after", b"1")])
         except OutputError:
             body = error_body(dialect, 503, "the ledger cannot be written now", code="unavailable")
             await self._fail(request, request_id, 503, body, [(b"retry-after", b"1")])

@@ -6,6 +6,7 @@ from typing import Any
 
 _TEXT = {"type": "string"}
 _NUMBER = {"type": "number"}
+_AMOUNT = {"type": "number", "minimum": -1e9, "maximum": 1e9}
 _OBJECT = {"type": "object"}
 _ERRORS = {
     "type": "object",
@@ -50,10 +51,12 @@ def _header(name: str, what: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 _CALL_HEADERS = (
     _header(
-        "x-walras-value", "V: what the request is worth, USD per unit of quality", {**_NUMBER, "minimum": 0}
+        "x-walras-value",
+        "V: what the request is worth, USD per unit of quality",
+        {**_NUMBER, "minimum": 0, "maximum": 1e6},
     ),
-    _header("x-walras-class", "Kind of task", _TEXT),
-    _header("x-walras-session", "Session it belongs to", _TEXT),
+    _header("x-walras-class", "Kind of task", {**_TEXT, "maxLength": 256}),
+    _header("x-walras-session", "Session it belongs to", {**_TEXT, "maxLength": 256}),
     _header("x-walras-deadline", "Seconds it may take", {**_NUMBER, "minimum": 0}),
 )
 _MESSAGES = {"type": "array", "minItems": 1, "items": _OBJECT}
@@ -67,11 +70,17 @@ def _call(summary: str, properties: dict[str, Any], required: list[str]) -> dict
 
 
 _COMMON = {"model": _TEXT, "stream": {"type": "boolean"}}
-_CHAT = {**_COMMON, "messages": _MESSAGES, "max_tokens": _CAP, "max_completion_tokens": _CAP, "n": _CAP}
+_CHAT = {
+    **_COMMON,
+    "messages": _MESSAGES,
+    "max_tokens": _CAP,
+    "max_completion_tokens": _CAP,
+    "n": {**_CAP, "maximum": 128},
+}
 _USE = {
     "type": "object",
     "required": ["name"],
-    "properties": {"name": _TEXT, "quality": _NUMBER, "usd": _NUMBER, "seconds": _NUMBER, "risk": _NUMBER},
+    "properties": {"name": _TEXT, "quality": _AMOUNT, "usd": _AMOUNT, "seconds": _AMOUNT, "risk": _AMOUNT},
 }
 
 OPENAPI: dict[str, Any] = {
@@ -143,8 +152,8 @@ OPENAPI: dict[str, Any] = {
                     "properties": {
                         "request_id": _TEXT,
                         "quality": {**_NUMBER, "minimum": 0, "maximum": 1},
-                        "loss_usd": _NUMBER,
-                        "source": _TEXT,
+                        "loss_usd": _AMOUNT,
+                        "source": {**_TEXT, "maxLength": 256},
                     },
                 },
             )
@@ -156,8 +165,8 @@ OPENAPI: dict[str, Any] = {
                     "type": "object",
                     "required": ["uses"],
                     "properties": {
-                        "uses": {"type": "array", "minItems": 1, "items": _USE},
-                        "value_usd": _NUMBER,
+                        "uses": {"type": "array", "minItems": 1, "maxItems": 1000, "items": _USE},
+                        "value_usd": _AMOUNT,
                         "task_class": _TEXT,
                     },
                 },

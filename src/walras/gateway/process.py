@@ -6,6 +6,7 @@ python -m walras.gateway.process JSON
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -16,6 +17,7 @@ import uvloop
 from walras.errors import WalrasError
 from walras.gateway.keys import KeyStore, NewKey
 from walras.gateway.serve import demo_economy, serve
+from walras.ledger.store import LEDGER
 from walras.settings import Economy
 
 
@@ -37,12 +39,12 @@ def main(argument: str) -> None:
         _say(f"serving {len(economy.models)} models at {url}{what}")
         if first:
             _say(f"a key with scope admin, shown this once: {first.secret}")
-            _say(f"watch: {url}/#key={first.secret}")
+        _say(f"watch: {url}/" + (f"#key={first.secret}" if first else ""))
 
     menu = None if wanted["menu"] is None else Path(wanted["menu"])
     try:
         uvloop.run(
-            serve(economy, Path(wanted["data"]), ledger=wanted["ledger"], menu=menu, on_ready=on_ready)
+            serve(economy, Path(wanted["data"]), ledger=os.environ.get(LEDGER), menu=menu, on_ready=on_ready)
         )
     except WalrasError as error:
         _say(f"walras: {error}")

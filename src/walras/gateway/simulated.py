@@ -167,8 +167,13 @@ class SimulatedTransport:
     async def _chat(
         self, request: Request, model: SimulatedModel, asked: Json, fault: Fault | None
     ) -> Response:
-        text = _prompt(asked["messages"])
-        said = _said(model, asked, text, self._rng, self.requests)
+        try:
+            text = _prompt(asked["messages"])
+            said = _said(model, asked, text, self._rng, self.requests)
+        except (AttributeError, KeyError, TypeError, IndexError):
+            return self._error(
+                request, 400, "the request does not have the shape its API documents (SIMULATED)"
+            )
         headers = {"content-type": "application/json", "x-simulated-quality": f"{quality(model, text):.4f}"}
         await self._wait(model.first_byte_s * self._rng.lognormvariate(0, 0.3))
         if asked.get("stream"):

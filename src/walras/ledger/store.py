@@ -13,6 +13,9 @@ from walras.ledger.sql import ALL, Filter, Query, Row
 from walras.ledger.sqlite import SqliteStore
 from walras.ledger.writer import State, Ticket
 
+LEDGER = "WALRAS_LEDGER"
+"""Environment variable with the URL of a ledger. It may hold a password, and everybody on a machine sees arguments."""
+
 
 class Store(Protocol):
     """A ledger.

@@ -133,6 +133,8 @@ class MenuTable:
     """The law it was designed for, as `--types` had it."""
     quality_cost: str | None = None
     """The technology, as `--quality-cost` had it."""
+    lambda0: float = 0.0
+    """What a second costs all users, USD; 0 where the file does not say."""
 
 
 def read_types(path: Path) -> TypeTable:
@@ -205,6 +207,7 @@ def read_menu(path: Path) -> MenuTable:
     table.needs("quality", "price")
     table = table.called(table.names("tier"))
     types, quality_cost = _said(path, about, "types"), _said(path, about, "quality_cost")
+    lambda0 = float(_Table(path, {"lambda0": [about.get("lambda0") or 0.0]}).amounts("lambda0")[0])
     quality = table.amounts("quality", most=LARGEST if quality_cost == "quadratic" else 1.0)
     low, high, delay = _meant_for(table)
     menu = MenuTable(
@@ -218,6 +221,7 @@ def read_menu(path: Path) -> MenuTable:
         table.amounts("cost", absent=math.nan, empty=math.nan),
         types,
         quality_cost,
+        lambda0,
     )
     _ascending(table, menu)
     _undominated(table, menu)
