@@ -62,36 +62,38 @@ def spend(url: str, folder: Path) -> None:
         f"OpenAI's client asks for 'auto', {BATCH} requests at a time; the key has {BUDGET_USD} USD for all of them.\n"
     )
     print(f"{'spent':>10}{'left':>12}{'price of a dollar':>20}   what answered")
+    answered: list[tuple[str, str, str]] = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for batch in range(BATCHES):
             questions = [f"Question {k}" for k in range(batch * BATCH, (batch + 1) * BATCH)]
-            uses = Counter(pool.map(lambda question: ask(client, question), questions))
+            got = list(pool.map(lambda question: ask(client, question), questions))
+            answered += [(q, use, name) for q, (use, name) in zip(questions, got, strict=True) if name]
             budget: Any = client.get("/budgets", cast_to=object)
             spent, left, price = (budget[k] for k in ("spent_usd", "remaining_usd", "multiplier"))
-            answered = ", ".join(f"{n} {use.removeprefix('simulated-')}" for use, n in uses.most_common())
-            print(f"{spent:10.6f}{left:12.6f}{1 + price:20,.2f}   {answered}", flush=True)
-            if all(use.startswith("none") for use in uses):
+            uses = Counter(use.removeprefix("simulated-") for use, _ in got)
+            said = ", ".join(f"{n} {use}" for use, n in uses.most_common())
+            print(f"{spent:10.6f}{left:12.6f}{1 + price:20,.2f}   {said}", flush=True)
+            if not any(name for _, name in got):
                 break
-    print(
-        "What is under way counts as spent while a request is decided, so cheaper models win a little earlier."
-    )
+        list(pool.map(lambda one: judge(client, *one), answered))
+    print(f"\nThen users said how good the {len(answered)} answers were.")
 
 
-def ask(client: OpenAI, question: str) -> str:
-    """One request and, as a user would, a word on its answer; what answered, or why nothing did."""
+def ask(client: OpenAI, question: str) -> tuple[str, str]:
+    """What answered, and the request's id; or why nothing did, and ""."""
     try:
         got = client.chat.completions.with_raw_response.create(
             model="auto", messages=[{"role": "user", "content": question}], max_tokens=WORDS
         )
     except APIStatusError as error:
-        return f"none ({error.status_code} {error.code})"
-    use = got.headers["x-walras-use"]
-    simulated = next(m for m in MODELS if m.name == use)
-    right = Random(question).random() < quality(simulated, question)
-    client.post(
-        "/outcomes", cast_to=object, body={"request_id": got.headers["x-request-id"], "quality": float(right)}
-    )
-    return use
+        return f"none ({error.status_code} {error.code})", ""
+    return got.headers["x-walras-use"], got.headers["x-request-id"]
+
+
+def judge(client: OpenAI, question: str, use: str, request_id: str) -> None:
+    """What a user, or a test, says of an answer later; SIMULATED as well."""
+    right = Random(question).random() < quality(next(m for m in MODELS if m.name == use), question)
+    client.post("/outcomes", cast_to=object, body={"request_id": request_id, "quality": float(right)})
 
 
 if __name__ == "__main__":

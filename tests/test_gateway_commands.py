@@ -378,7 +378,7 @@ def test_the_example_spends_a_budget_and_audits_its_own_ledger(
     assert "SIMULATED" in out
     assert "The ledger balances." in out
     assert "SYNTHETIC LOG" in out
-    table = out.split("what answered\n")[1].split("What is under way")[0]
+    table = out.split("what answered\n")[1].split("\nThen users")[0]
     prices = [float(line.split()[2].replace(",", "")) for line in table.splitlines()]
     assert prices[0] < prices[-1], "money grew dear as it ran short"
     assert "none (4" in table, "and then ran out"

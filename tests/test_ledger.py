@@ -337,6 +337,21 @@ def test_stopping_writes_what_is_queued_and_then_nothing(opened: Open) -> None:
     assert len(opened().open_holds()) == 500
 
 
+def test_what_a_loop_submits_is_written_though_the_loop_is_blocked_or_ends(opened: Open) -> None:
+    store = opened()
+
+    async def blocked() -> None:
+        store.hold(hold("a")).wait(10)
+
+    async def ends() -> None:
+        store.hold(hold("b"))
+
+    asyncio.run(blocked())
+    asyncio.run(ends())
+    store.stop()
+    assert {h.request_id for h in opened().open_holds()} == {"a", "b"}
+
+
 def test_a_bug_in_writing_is_told_to_those_who_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(tmp_path / "ledger.db")
     with monkeypatch.context() as patch:

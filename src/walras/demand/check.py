@@ -349,7 +349,7 @@ def _points(
 
 def _lies(tiers: Sequence[Tier], own: IntArray, theta: FloatArray, delay: FloatArray) -> list[Lie]:
     """Every misreport that pays, at the type that gains most by it: one for each pair of tiers."""
-    gain = gains([tier.quality for tier in tiers], _full(tiers, delay), own, theta)
+    gain = gains(_quality(tiers)[1:], _full(tiers, delay), own, theta)
     names = (None, *(tier.name for tier in tiers))
     lies = []
     for k in np.unique(own):

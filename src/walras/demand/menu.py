@@ -172,7 +172,7 @@ class _Curve:
 
     @classmethod
     def of(cls, law: TypeLaw, grid: FloatArray) -> _Curve:
-        served = law.moment_above(grid, 0)
+        served = np.minimum.accumulate(law.moment_above(grid, 0))  # round-off in a tail may raise it
         filled = np.diff(served, append=0.0) < 0
         grid = grid[filled]
         return cls(law, grid, served[filled], law.moment_above(grid, 1))
@@ -545,17 +545,20 @@ def certify(tiers: Sequence[Tier], law: TypeLaw, latency_price: float = 0.0) -> 
     ends = [(0, theta) for theta in unserved(ranges, law.support, law.atoms)]
     ends += [(k, theta) for k, pair in enumerate(ranges, start=1) for theta in pair]
     own, theta = np.array(ends).reshape(-1, 2).T
+    quality = np.array([tier.quality for tier in tiers])
     full = np.array([0.0, *(tier.price + latency_price * tier.seconds for tier in tiers)])
-    gain = gains([tier.quality for tier in tiers], full, own.astype(np.int64), theta)
-    tiers = [tier for tier in (taken(tier, law, latency_price) for tier in tiers) if tier.share > NOBODY]
-    rent = sum(tier.share * tier.rent for tier in tiers)
-    revenue = sum(tier.share * tier.price for tier in tiers)
-    profit = revenue - sum(tier.share * tier.cost for tier in tiers)
+    gain = gains(quality, full, own.astype(np.int64), theta)
+    parts = [between(law, t.type_from, end_of(t, law), power) for power in (0, 1) for t in tiers]
+    share, worth = np.array(parts).reshape(2, -1)
+    rent = float(quality @ worth - full[1:] @ share)
+    revenue = float(np.array([tier.price for tier in tiers]) @ share)
+    cost = np.where(share > 0, [tier.cost for tier in tiers], 0.0)
+    profit = revenue - float(cost @ share)
     ic, ir = (max(float(part.max(initial=0.0)), 0.0) for part in (gain[:, 1:], gain[:, 0]))
     return Certificate(ic, ir, rent, revenue, profit, rent + profit)
 
 
-def gains(quality: Sequence[float], full: FloatArray, own: IntArray, theta: FloatArray) -> FloatArray:
+def gains(quality: FloatArray, full: FloatArray, own: IntArray, theta: FloatArray) -> FloatArray:
     """What type p, meant for line own[p], gains by each line, USD, (P, K + 1): 0 is taking nothing, k tier k.
 
     Args:
@@ -563,7 +566,7 @@ def gains(quality: Sequence[float], full: FloatArray, own: IntArray, theta: Floa
         full: price and delay of lines, (K + 1,), or (P, K + 1) where types differ in what delay costs them.
         theta: (P,); at ∞ a steeper line gains without end.
     """
-    q, rows = np.array([0.0, *quality]), np.arange(own.size)
+    q, rows = np.append(0.0, quality), np.arange(own.size)
     full = np.broadcast_to(full, (own.size, q.size))
     steeper, finite = q - q[own, None], np.isfinite(theta)[:, None]
     at_end = np.where(finite, theta[:, None], 0.0) * steeper

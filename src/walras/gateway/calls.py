@@ -10,7 +10,7 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -290,17 +290,15 @@ class Calls:
 
     async def _wind_up(self, run: Run, status: Status, http_status: int) -> None:
         """What was made is paid for; what cannot be known, as it was reserved."""
-        answer, usage = run.answer, None
+        answer = run.answer
+        usage = None if answer is None else answer.usage
         if run.attempts:
-            with suppress(OutputError):
-                await self._landed(run.attempts[-1])
+            await _surely(self._landed(run.attempts[-1]))
         if answer is not None:
-            usage = answer.usage
-            with suppress(Failure):
-                await answer.aclose()
+            await _surely(answer.aclose())
         for attempt in run.attempts:
             if not attempt.done:
-                await self._settle_unfinished(run, attempt, usage)
+                await _surely(self._settle_unfinished(run, attempt, usage))
         if not run.attempts and status == "error" and http_status == 503:
             return  # nothing was begun, and nothing can be written
         told = Told(status, "exact" if any(a.charged for a in run.attempts) else "none", http_status, usage)
@@ -544,7 +542,7 @@ class Calls:
 
     async def _try(self, run: Run, attempt: Attempt) -> None:
         """One attempt. Raises `Failure` if it failed and the client has seen nothing of it."""
-        ask, money = run.ask, attempt.money
+        ask, money, run.answer = run.ask, attempt.money, None
         await self._hold(run, money.reserved_nano)
         self.metrics.observe("own_seconds", ask.elapsed)
         run.began = time.perf_counter()
@@ -814,6 +812,16 @@ def _settled(attempts: Sequence[Attempt], told: Told, charged: Nano, reserved: N
     if any(a.capped for a in attempts):
         return "cap" if charged == reserved else "estimated"
     return told.settled if charged or told.settled == "estimated" or told.usage else "none"
+
+
+async def _surely(step: Awaitable[None]) -> None:
+    """What goes wrong here keeps nothing that follows from being done."""
+    try:
+        await step
+    except OutputError:
+        pass
+    except Exception as error:
+        log_bug(error)
 
 
 def _unwritable() -> HttpError:

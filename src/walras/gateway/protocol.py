@@ -85,7 +85,8 @@ class Protocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
-        cycle.transport = cast(asyncio.Transport, _Joined(self.transport))
+        if cycle.scope["method"] != "HEAD":  # what it answers has no body to wait for
+            cycle.transport = cast(asyncio.Transport, _Joined(self.transport))
         super()._start_asgi_task(cycle, app)
 
 
