@@ -220,7 +220,9 @@ def test_a_client_that_leaves_disturbs_no_other(tmp_path: Path) -> None:
         assert first == second == [200] * 20
         await until(lambda: service.calls.open == 0)
         await service.calls.ended()
-        assert sum(e.status == "ok" for e in service.audit()) == 40
+        statuses = [e.status for e in service.audit()]
+        assert statuses.count("ok") >= 40  # one who leaves may have been answered before it showed
+        assert set(statuses) <= {"ok", "cut"}
 
     run(tmp_path, test, SimulatedTransport(time_scale=0.02))
 
