@@ -267,6 +267,16 @@ def test_users_who_differ_in_what_delay_costs_them(tmp_path: Path) -> None:
         check(read_menu(path), Uniform(0, 1))
 
 
+def test_no_single_type_has_weight_in_a_continuous_law() -> None:
+    """Else nobody would be meant for anything, and any menu too dear for the rest would hold."""
+    dear = replace(HIGH, price=9.25)
+    assert not check((LOW, dear)).holds
+    with pytest.raises(
+        SettingsError, match=r"types: tier 'low' is meant for a single type, and in uniform:0:4"
+    ):
+        check((LOW, dear), Uniform(0, 4))
+
+
 def test_types_on_a_grid_and_one_for_each_tier(tmp_path: Path) -> None:
     path = tmp_path / "menu.csv"
     header = "name,quality,price,seconds,cost,type,latency_price\n"

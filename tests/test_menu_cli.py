@@ -182,6 +182,7 @@ def test_users_who_differ_in_haste(tmp_path: Path) -> None:
     assert data["certificate"]["worst_ic_violation"] <= 1e-9
     assert data["certificate"]["loss_to_cap"] >= 0
     assert "seconds" in refused(4, "--types", types, "--quality-cost", "quadratic")
+    assert "lambda0" in refused(4, "--types", types, "--quality-cost", models, "--lambda0", 0.1)
 
 
 def test_nobody_worth_serving(tmp_path: Path) -> None:
@@ -218,6 +219,29 @@ def test_a_designed_menu_holds_and_a_changed_one_does_not(tmp_path: Path) -> Non
     assert "Does not hold: users of tier 3" in " ".join(shown.out.split())
 
 
+def test_delay_that_users_mind_is_on_record(tmp_path: Path) -> None:
+    models = write(tmp_path, "models.csv", MODELS)
+    data = menu("--types", "uniform:0:2", "--quality-cost", models, "--lambda0", 0.01)
+    assert data["lambda0"] == 0.01
+    path = write(tmp_path, "menu.json", json.dumps(data))
+    assert walras("menu", "check", path).code == 0
+    assert "2 constraints are violated" in refused(6, "check", path, "--lambda0", 0)
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    models = write(tmp_path, "models.csv", "name,quality,cost\n[red],0.5,0.01\n[/x],0.9,0.25\n")
+    options = ("--types", "uniform:0:1", "--quality-cost", models, "--objective", "revenue")
+    shown = walras("menu", *options)
+    assert (shown.code, shown.out.count("\\")) == (0, 0)
+    assert "[red] 20% (" in " ".join(shown.out.split())
+    data = menu(*options)
+    data["tiers"][0]["price"] += 0.001
+    ran = walras("menu", "check", write(tmp_path, "menu.json", json.dumps(data)))
+    assert "users of [red] of type" in ran.out
+    assert "\\" not in ran.out
+    assert "2 constraints are violated" in ran.err
+
+
 def test_a_public_price_list(tmp_path: Path) -> None:
     path = write(tmp_path, "list.csv", "name,quality,price,cost\nbasic,0.6,0.01,0.005\nplus,0.8,0.05,0.04\n")
     data = walras("menu", "check", path, "--types", "lognormal:0.2:1", "--json").data
@@ -241,6 +265,8 @@ def test_a_public_price_list(tmp_path: Path) -> None:
         ("type,probability\n1,nan\n2,1\n", "row 1, column 'probability'"),
         ("type\n1\nx\n", "row 2, column 'type'"),
         ("quality,price\n1,2\n", "column 'quality': is not known"),
+        ("type\n1\n2\n", "2 observations are too few for a law"),
+        ("type,tenant\n" + "1,a\n2,a\n" * 20, "column 'tenant': all observations are of one tenant"),
     ],
 )
 def test_types_that_cannot_be(tmp_path: Path, table: str, said: str) -> None:

@@ -383,6 +383,9 @@ def test_bad_shapes_and_settings() -> None:
         screen(types, one, one, one, objective="welfare", recover=-1.0)
     with pytest.raises(SettingsError, match="0 tiers"):
         cap(screen(types, one, one, one), 0)
+    many = Grid(np.arange(2001.0), np.zeros(2001), np.full(2001, 1 / 2001))
+    with pytest.raises(QuantityError, match="2,001 types that mind delay are too many"):
+        screen(many, one, one, one)
 
 
 def test_recovery_that_no_menu_makes() -> None:
@@ -399,8 +402,10 @@ def test_recovery_that_no_menu_makes() -> None:
     assert cap(two, 2).certificate.profit == pytest.approx(6.85)
 
 
-def test_nobody_worth_serving() -> None:
-    found = screen(line([1.0, 2.0], [0.5, 0.5]), np.ones(1), np.zeros(1), np.full(1, 3.0))
+@pytest.mark.parametrize("cost", [3.0, 1e12, 1e300])
+def test_nobody_worth_serving(cost: float) -> None:
+    types = line([1.0, 2.0], [0.5, 0.5])
+    found = screen(types, np.ones(1), np.zeros(1), np.full(1, cost), objective="welfare")
     assert found.value == 0
     menu = cap(found, 3)
     assert menu.tiers == ()

@@ -230,7 +230,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(family: str, exact: bool
     truth, covered = np.array(TRUTH[family]), []
     for seed in range(100):
         value = sample(family, n, seed)
-        laws = bootstrap_laws(Evidence.exact(value) if exact else censored(value), family, draws, seed)
+        laws = list(bootstrap_laws(Evidence.exact(value) if exact else censored(value), family, draws, seed))
         points = np.array([(law.median, law.sigma) if family == "lognormal" else ends(law) for law in laws])
         low, high = np.quantile(points, (0.025, 0.975), axis=0)
         covered.append((low <= truth) & (truth <= high))
@@ -243,10 +243,8 @@ def ends(law: Uniform | Exponential) -> tuple[float, ...]:
 
 def test_errors_are_those_of_the_bootstrap() -> None:
     evidence = censored(sample("lognormal", 100, seed=15))
-    fitted, laws = (
-        fit_law(evidence, "lognormal", draws=50, seed=2),
-        bootstrap_laws(evidence, "lognormal", 50, 2),
-    )
+    fitted = fit_law(evidence, "lognormal", draws=50, seed=2)
+    laws = bootstrap_laws(evidence, "lognormal", 50, 2)
     sigma = np.sort([law.sigma for law in laws])
     assert fitted.standard_error[1] == pytest.approx(np.std(sigma, ddof=1))
     assert sigma[1] < fitted.interval[1, 0] < sigma[2]  # 1.2 of 49 steps up
@@ -273,16 +271,18 @@ def test_tenants_who_are_alike_within_say_less_than_their_requests() -> None:
 
 def test_requests_of_no_tenant_are_each_their_own() -> None:
     value = sample("lognormal", 100, seed=6)
-    none = bootstrap_laws(Evidence.exact(value, np.full(100, -1)), "lognormal", 50)
-    each = bootstrap_laws(Evidence.exact(value, np.arange(100)), "lognormal", 50)
+    none, each = (
+        list(bootstrap_laws(Evidence.exact(value, tenant), "lognormal", 50))
+        for tenant in (np.full(100, -1), np.arange(100))
+    )
     assert none == each
 
 
 def test_the_same_seed_gives_the_same_laws() -> None:
     evidence = censored(sample("lognormal", 100, seed=7))
-    first, again = (bootstrap_laws(evidence, "lognormal", 5, seed=3) for _ in range(2))
+    first, again, other = (list(bootstrap_laws(evidence, "lognormal", 5, seed)) for seed in (3, 3, 4))
     assert first == again
-    assert first != bootstrap_laws(evidence, "lognormal", 5, seed=4)
+    assert first != other
 
 
 def test_a_rare_cell_is_drawn_again_and_said() -> None:
@@ -357,6 +357,19 @@ def test_p_values_are_even_where_the_family_is_right_and_small_where_it_is_not()
     assert stats.kstest(chosen, "uniform").pvalue > 0.005
     assert stats.kstest(stated, "uniform").pvalue > 0.005
     assert np.median(wrong) < 1e-6
+
+
+def test_large_samples_are_tested_by_smaller_ones() -> None:
+    """KS is scaled by √n: what n = 20,000 observations show stays seen, and what is right stays likely."""
+    right = [
+        fit_law(Evidence.exact(sample("exponential", 20_000, seed)), "exponential", draws=40).goodness
+        for seed in range(8)
+    ]
+    assert np.mean([found.p_value for found in right]) == pytest.approx(0.5, abs=0.3)
+    bent = sample("exponential", 20_000, 1) ** 1.04  # beyond reach of 2,000
+    assert fit_law(Evidence.exact(bent), "exponential", draws=40).goodness.p_value < 0.03
+    few = fit_law(Evidence.exact(bent[:2000]), "exponential", draws=40).goodness
+    assert few.p_value > 0.03
 
 
 def test_g2_is_twice_the_missing_likelihood_by_hand() -> None:

@@ -316,8 +316,9 @@ def _qualities(law: TypeLaw, technology: Technology, kappa: float, t: FloatArray
 
 
 def _served(t: FloatArray, quality: FloatArray) -> Cuts:
-    """Without tiers that give nothing, or no more than the one below."""
-    more = np.diff(quality, prepend=0.0) > 1e-12 * float(quality.max(initial=0.0))
+    """Without tiers that give nothing, or no more than one below: as round-off has it where there are hardly any types."""
+    below = np.maximum.accumulate(np.append(0.0, quality[:-1]))
+    more = quality - below > 1e-12 * float(quality.max(initial=0.0))
     return t[more], quality[more]
 
 

@@ -7,7 +7,7 @@ sampling within one family: whether the family is right is what `willingness.Goo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,7 +117,7 @@ class MenuSpread:
 
 
 def menu_spread(
-    design_once: Callable[[TypeLaw], Menu], menu: Menu, laws: Sequence[TypeLaw], level: float = 0.95
+    design_once: Callable[[TypeLaw], Menu], menu: Menu, laws: Iterable[TypeLaw], level: float = 0.95
 ) -> MenuSpread:
     """Redesign under every law (bootstrap draws, as of `estimate.willingness.bootstrap_laws`) and compare.
 
@@ -131,47 +131,50 @@ def menu_spread(
         SettingsError: fewer than two laws, or a level outside (0, 1).
         InfeasibleError: under no law is there a menu.
     """
-    if len(laws) < 2:
-        raise SettingsError(
-            f"{len(laws)} laws show no spread", key="laws", hint="200 bootstrap draws are usual"
-        )
     if not 0 < level < 1:
         raise SettingsError(f"a level of {level:g}", key="level", hint="between 0 and 1; 0.95 is usual")
-    found, reason = [], None
-    for law in laws:
+    tiers, best, posted, prices = [], [], [], []
+    infeasible, reason = 0, None
+    for law in laws:  # one at a time: a law may be a large sample
         try:
-            found.append(design_once(law))
+            found = design_once(law)
         except InfeasibleError as error:
-            reason = error
-    if reason is not None and not found:
+            infeasible, reason = infeasible + 1, error
+            continue
+        tiers.append(found.tiers)
+        best.append(outcome(found.tiers, law))
+        posted.append(outcome(menu.tiers, law))
+        prices.append(found.recovery_price)
+    if reason is not None and not tiers:
         raise reason
-    best = [outcome(each.tiers, each.law) for each in found]
-    posted = [outcome(menu.tiers, each.law) for each in found]
-    prices = [each.recovery_price for each in found]
+    if len(tiers) + infeasible < 2:
+        problem = f"{len(tiers) + infeasible} laws show no spread"
+        raise SettingsError(problem, key="laws", hint="200 bootstrap draws are usual")
     most = np.array([b.at(kappa) for b, kappa in zip(best, prices, strict=True)])
-    regret = most - np.array([p.at(kappa) for p, kappa in zip(posted, prices, strict=True)])
+    kept = np.array([p.at(kappa) for p, kappa in zip(posted, prices, strict=True)])
+    regret = np.maximum(most - kept, 0.0)  # where profit jumps, what recovers is not the best at μ
     whole = float(most.mean()) or np.nan
     high = float(np.quantile(regret, level))
-    count = np.array([len(each.tiers) for each in found])
+    count = np.array([len(each) for each in tiers])
     return MenuSpread(
         level=level,
-        tiers=_tiers(menu, [each for each in found if len(each.tiers) == len(menu.tiers)], level),
+        tiers=_tiers(menu, [each for each in tiers if len(each) == len(menu.tiers)], level),
         best=_spread(best, level),
         posted=_spread(posted, level),
         regret=float(regret.mean()),
         regret_high=high,
         regret_share=float(regret.mean()) / whole,
         regret_share_high=high / whole,
-        resamples=len(found),
+        resamples=len(tiers),
         fewer=int((count < len(menu.tiers)).sum()),
         more=int((count > len(menu.tiers)).sum()),
-        infeasible=len(laws) - len(found),
+        infeasible=infeasible,
     )
 
 
-def _tiers(menu: Menu, alike: Sequence[Menu], level: float) -> tuple[TierSpread, ...]:
+def _tiers(menu: Menu, alike: Sequence[Sequence[Tier]], level: float) -> tuple[TierSpread, ...]:
     def over(k: int, name: str) -> Interval:
-        return _interval(np.array([getattr(each.tiers[k], name) for each in alike]), level)
+        return _interval(np.array([getattr(each[k], name) for each in alike]), level)
 
     return tuple(
         TierSpread(tier.name, over(k, "quality"), over(k, "price"), over(k, "type_from"))

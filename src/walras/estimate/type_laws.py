@@ -226,14 +226,16 @@ def check_scale(law: TypeLaw) -> None:
     """Types so small or so large that dollars drown in rounding are a mistake.
 
     Raises:
-        SettingsError: their root mean square is not between 1e-12 and `LARGEST` USD per unit of quality, and not 0.
+        SettingsError: their mean is below 1e-12 USD per unit of quality, but not 0, or their root mean square above `LARGEST`.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        size = float(np.sqrt(law.moment_above(np.zeros(()), 2)))
-    if size and not 1 / LARGEST <= size <= LARGEST:
-        problem = f"the types of {law.spec} are too {'small' if size < 1 else 'large'} to compute with: root mean square {size:.3g}"
+        mean, square = (float(law.moment_above(np.zeros(()), power)) for power in (1, 2))
+    small = mean < 1 / LARGEST
+    if mean and (small or not square <= LARGEST**2):
         raise SettingsError(
-            problem, key="types", hint=f"USD per unit of quality, {1 / LARGEST:g} to {LARGEST:g}"
+            f"the types of {law.spec} are too {'small' if small else 'large'} to compute with",
+            key="types",
+            hint=f"USD per unit of quality, {1 / LARGEST:g} to {LARGEST:g}",
         )
 
 

@@ -177,8 +177,8 @@ def fit_law(evidence: Evidence, family: Family, *, draws: int = 200, seed: int =
     if law is None:
         raise _not_identified(cells, family)
     check_scale(law)
-    laws, redrawn = _draw_laws(cells, family, draws, seed)
-    points = np.array([_parameters(each) for each in laws])
+    drawn = [_parameters(each) if each else None for each in _draw_laws(cells, family, draws, seed)]
+    points = np.array([point for point in drawn if point])
     empirical = family == "empirical"
     likelihood = np.nan if empirical else float(cells.count @ _log_likelihood(law, cells.low, cells.high))
     goodness, untested = _goodness(cells, law, family, likelihood, draws, seed)
@@ -192,17 +192,17 @@ def fit_law(evidence: Evidence, family: Family, *, draws: int = 200, seed: int =
         likelihood,
         goodness,
         len(evidence),
-        " ".join(_notes(cells, family, goodness, untested, redrawn)),
+        " ".join(_notes(cells, family, goodness, untested, drawn.count(None))),
     )
 
 
-def bootstrap_laws(evidence: Evidence, family: Family, draws: int = 200, seed: int = 0) -> list[TypeLaw]:
+def bootstrap_laws(evidence: Evidence, family: Family, draws: int = 200, seed: int = 0) -> Iterator[TypeLaw]:
     """The family fitted to `draws` resamples, of tenants where there are any; the same seed gives the same laws.
 
     Raises:
         RecordError, SettingsError: as `fit_law`.
     """
-    return _draw_laws(_Cells.of(evidence, family), family, draws, seed)[0]
+    return filter(None, _draw_laws(_Cells.of(evidence, family), family, draws, seed))
 
 
 # --- distinct observations ----------------------------------------------------------------------------------------
@@ -456,23 +456,23 @@ def _parameters(law: TypeLaw) -> tuple[float, ...]:
 # --- the bootstrap ------------------------------------------------------------------------------------------------
 
 
-def _draw_laws(cells: _Cells, family: Family, draws: int, seed: int) -> tuple[list[TypeLaw], int]:
-    """The fits of `draws` resamples, and how many others had to be drawn again because they identify no law."""
+def _draw_laws(cells: _Cells, family: Family, draws: int, seed: int) -> Iterator[TypeLaw | None]:
+    """The fits of resamples until there are `draws`; None for one that identifies no law."""
     if draws < 2:
         raise SettingsError(f"{draws} resamples show no spread", key="draws", hint="200 is usual")
     rng = np.random.default_rng(seed)
     if family == "uniform" and cells.exact.all():
-        return _uniform_draws(cells, draws, rng), 0
-    laws: list[TypeLaw] = []
+        yield from _uniform_draws(cells, draws, rng)
+        return
+    found = 0
     for tried, count in enumerate(cells.resamples(rng), 1):
         law = cells.law(count, family)
-        if law is not None:
-            laws.append(law)
-        if len(laws) == draws:
-            return laws, tried - draws
+        yield law
+        found += law is not None
+        if found == draws:
+            return
         if tried >= 10 * draws:
-            break
-    raise _not_identified(cells, family)
+            raise _not_identified(cells, family)
 
 
 def _uniform_draws(cells: _Cells, draws: int, rng: np.random.Generator) -> list[TypeLaw]:
