@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.optimize import brentq
 
-from walras.demand.menu import Menu, certify, design, virtual_value
+from walras.demand.menu import Menu, certify, design
 from walras.demand.offerings import Offerings, Quadratic
+from walras.demand.quantise import virtual_value
 from walras.errors import InfeasibleError, QuantityError, SettingsError
 from walras.estimate.type_laws import Atoms, Exponential, LogNormal, TypeLaw, Uniform
 from walras.risk import FloatArray

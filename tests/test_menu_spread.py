@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from functools import partial
 
@@ -144,11 +145,14 @@ def test_profit_that_jumps_makes_no_regret_negative() -> None:
     law, laws = Atoms.empirical(drawn), list(bootstrap_laws(Evidence.exact(drawn), "empirical", 40, 106))
     recover = design(law, models, tiers=3).value * rng.uniform(0.1, 0.9)
     design_once = partial(design, technology=models, tiers=3, objective="welfare", recover=recover)
-    menu, best = design_once(law), [design_once(other) for other in laws]
-    more = [
-        outcome(menu.tiers, b.law).at(b.recovery_price) - outcome(b.tiers, b.law).at(b.recovery_price)
-        for b in best
-    ]
+    menu, more = design_once(law), []
+    for other in laws:
+        with contextlib.suppress(InfeasibleError):
+            best = design_once(other)
+            more.append(
+                outcome(menu.tiers, other).at(best.recovery_price)
+                - outcome(best.tiers, other).at(best.recovery_price)
+            )
     assert np.mean(more) > 1e-3
     assert menu_spread(design_once, menu, laws).regret >= 0
 

@@ -193,6 +193,7 @@ def test_offerings_without_names_or_more_than_needed(path: Path) -> None:
         ("qualty,cost\n0.5,1\n", None, "quality", "is missing (did you mean 'qualty'?)"),
         ("quality,cost\n0.5,1\n1.2,1\n", 2, "quality", "is 1.2, expected a number from 0 to 1"),
         ("quality,cost\n-0.1,1\n", 1, "quality", "is -0.1, expected a number from 0 to 1"),
+        ("quality,cost\n0,1\n0,2\n", None, "quality", "is 0 throughout"),
         ("quality,cost\nnan,1\n", 1, "quality", "is nan, expected a number from 0 to 1"),
         ("quality,cost\n0.5,-1\n", 1, "cost", "is -1, expected a number from 0 to 1e+12"),
         ("quality,cost\n0.5,inf\n", 1, "cost", "is inf, expected a number from 0 to 1e+12"),

@@ -235,9 +235,8 @@ def _law(found: Published) -> list[RenderableType]:
         f"{name} {number(float(e))} ({number(float(low))} to {number(float(high))})"
         for name, e, (low, high) in zip(fitted.names, fitted.estimate, fitted.interval, strict=True)
     )
-    n = len(found.whose.evidence) if found.whose.evidence is not None else 0
     parts: list[RenderableType] = [
-        Text(f"\nTypes: {fitted.family}, {said}, from {count(n, 'observations')}.")
+        Text(f"\nTypes: {fitted.family}, {said}, from {count(fitted.observations, 'observations')}.")
     ]
     if fitted.goodness is not None:
         g = fitted.goodness

@@ -25,7 +25,7 @@ from walras.equation import net_value
 from walras.errors import RecordError, SettingsError
 from walras.estimate.estimates import requests_of
 from walras.estimate.near import families
-from walras.estimate.type_laws import Atoms, TypeLaw, parse_law
+from walras.estimate.type_laws import LAWS, Atoms, TypeLaw, parse_law
 from walras.estimate.willingness import (
     Evidence,
     Family,
@@ -48,9 +48,8 @@ from walras.records.menus import (
     read_types,
 )
 from walras.risk import FloatArray
-from walras.settings import Economy
+from walras.settings import Economy, MenuSettings
 
-LAWS = ("uniform", "exponential", "lognormal")
 DRAWS = 100
 """Bootstrap laws under which a menu is designed anew."""
 POLICIES = 60
@@ -132,20 +131,8 @@ def publish(
     technology = made.technology
     step("designing")
     if isinstance(whose.law, Grid):
-        if not isinstance(technology, Offerings):
-            raise SettingsError("types that mind delay need offerings with seconds", key="quality_cost")
-        if technology.latency_price:
-            raise SettingsError("says what delay costs users, and so does the table of types", key="lambda0")
-        free = (technology.quality, technology.seconds, technology.cost)
-        best = screen(
-            whose.law,
-            *free,
-            objective=wanted.objective,
-            recover=wanted.recover_usd,
-            names=technology.names,
-        )
-        menu: Menu | CappedMenu = cap(best, wanted.tiers)
-        return Published(menu, whose, made, None, None, ())
+        best = _on_grid(whose.law, technology, wanted)
+        return Published(best, whose, made, None, None, ())
 
     def once(law: TypeLaw) -> Menu:
         return design(
@@ -167,6 +154,23 @@ def publish(
     if isinstance(technology, Offerings):
         idle = tuple(n for i, n in enumerate(technology.names) if i not in technology.hull)
     return Published(menu, whose, made, checked, spread, idle)
+
+
+def _on_grid(types: Grid, technology: Technology, wanted: MenuSettings) -> CappedMenu:
+    if not isinstance(technology, Offerings):
+        raise SettingsError("types that mind delay need offerings with seconds", key="quality_cost")
+    if technology.latency_price:
+        raise SettingsError("says what delay costs users, and so does the table of types", key="lambda0")
+    best = screen(
+        types,
+        technology.quality,
+        technology.seconds,
+        technology.cost,
+        objective=wanted.objective,
+        recover=wanted.recover_usd,
+        names=technology.names,
+    )
+    return cap(best, wanted.tiers)
 
 
 def check_file(path: Path, economy: Economy, read: ReadLog, tolerance: float) -> Checked:
@@ -195,7 +199,7 @@ def check_file(path: Path, economy: Economy, read: ReadLog, tolerance: float) ->
 # --- what requests are worth ------------------------------------------------------------------------------------------
 
 
-def law_of(spec: str) -> TypeLaw | None:
+def _law_of(spec: str) -> TypeLaw | None:
     """The law that `spec` spells out; None where it names a file."""
     return parse_law(spec) if spec.partition(":")[0] in LAWS or not Path(spec).suffix else None
 
@@ -205,10 +209,10 @@ def _whose(economy: Economy, read: ReadLog, offered: Path | None) -> Whose:
     if spec is None:
         hint = "uniform:LOW:HIGH, exponential:MEAN, lognormal:MEDIAN:SIGMA, a table of types or a log with values"
         raise SettingsError("says what requests are worth, and is missing", key="types", hint=hint)
-    law: TypeLaw | Grid | None = law_of(spec)
+    law: TypeLaw | Grid | None = _law_of(spec)
     if law is None:
         path = Path(spec)
-        log = read(path, economy, False) if is_log(path) else None
+        log = read(path, economy, False) if _is_log(path) else None
         table = read_types(path) if log is None else _values(log, economy)
         if offered is not None and not isinstance(table, ChoiceTable):
             raise SettingsError("is for a table of choices, with a column tier", key="offered")
@@ -231,7 +235,7 @@ def _whose(economy: Economy, read: ReadLog, offered: Path | None) -> Whose:
     return Whose(spec, law)
 
 
-def is_log(path: Path) -> bool:
+def _is_log(path: Path) -> bool:
     """Whether a file is a log rather than a table: by its suffix, or by a CSV's columns."""
     if path.suffix.lower() != ".csv":
         return True
@@ -296,20 +300,19 @@ def _made(economy: Economy, read: ReadLog, prices: Prices, routed: bool, seed: i
             raise SettingsError("needs a log for its quality and cost", key="routed")
         return Made(spec, Quadratic(_or(economy.lambda0, 0.0)))
     path = Path(spec)
-    if is_log(path):
+    if _is_log(path):
         return _from_log(spec, read(path, economy, routed), economy, prices, routed, seed)
     if routed:
         raise SettingsError("needs a log for its quality and cost", key="routed")
-    return Made(spec, price_offerings(read_offerings(path), economy, prices))
+    return Made(spec, _priced(read_offerings(path), economy, prices))
 
 
-def price_offerings(table: OfferingTable, economy: Economy, prices: Prices) -> Offerings:
+def _priced(table: OfferingTable, economy: Economy, prices: Prices) -> Offerings:
     """A table of offerings at the given prices of what they take.
 
     Raises:
         SettingsError: a resource is priced that the table has no column for, or prices pay for taking an offering.
     """
-    n = len(table.name)
     amounts = [table.cost]
     for name, resource in economy.resources.items():
         if resource.column not in table.amounts:
@@ -326,11 +329,7 @@ def price_offerings(table: OfferingTable, economy: Economy, prices: Prices) -> O
     )
     task = Tasks(value=np.zeros(1), risk_price=np.array([_or(economy.rho0, 1.0)]))
     cost = -net_value(task, uses, prices)[0]
-    return (
-        _offerings(table.name, table.quality, cost, table.seconds, economy)
-        if n
-        else Offerings((), *np.empty((2, 0)))
-    )
+    return _offerings(table.name, table.quality, cost, table.seconds, economy)
 
 
 def _or(declared: float | None, default: float) -> float:

@@ -239,6 +239,14 @@ def check_scale(law: TypeLaw) -> None:
         )
 
 
+LAWS: dict[str, tuple[type[Uniform | Exponential | LogNormal], str]] = {
+    "uniform": (Uniform, "LOW:HIGH"),
+    "exponential": (Exponential, "MEAN"),
+    "lognormal": (LogNormal, "MEDIAN:SIGMA"),
+}
+"""By the names that `parse_law` knows, with their parameters."""
+
+
 def parse_law(text: str) -> TypeLaw:
     """`uniform:LOW:HIGH`, `exponential:MEAN` or `lognormal:MEDIAN:SIGMA`.
 
@@ -246,15 +254,10 @@ def parse_law(text: str) -> TypeLaw:
         SettingsError: another name, another number of parameters, or parameters without a law.
     """
     kind, *given = text.split(":")
-    laws = {
-        "uniform": (Uniform, "LOW:HIGH"),
-        "exponential": (Exponential, "MEAN"),
-        "lognormal": (LogNormal, "MEDIAN:SIGMA"),
-    }
-    known = "uniform:LOW:HIGH, exponential:MEAN, lognormal:MEDIAN:SIGMA or a file"
-    if kind not in laws:
+    known = ", ".join(f"{name}:{wanted}" for name, (_, wanted) in LAWS.items()) + " or a file"
+    if kind not in LAWS:
         raise SettingsError(f"'{text}' is not a law of types", key="types", hint=known)
-    law, wanted = laws[kind]
+    law, wanted = LAWS[kind]
     if len(given) != wanted.count(":") + 1:
         raise SettingsError(f"'{text}' is not {kind}:{wanted}", key="types", hint=known)
     try:
@@ -263,4 +266,4 @@ def parse_law(text: str) -> TypeLaw:
         raise SettingsError(f"'{text}' is not {kind}:{wanted} in numbers", key="types", hint=known) from None
     if not np.isfinite(numbers).all():
         raise SettingsError(f"'{text}' has a parameter that is not finite", key="types", hint=known)
-    return law(*numbers)  # type: ignore[no-any-return]
+    return law(*numbers)

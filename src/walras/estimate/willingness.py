@@ -288,14 +288,11 @@ def _refuse(evidence: Evidence, family: Family) -> None:
         raise RecordError(
             "an empirical law needs every type exactly, and this one is known between two values only",
             row=int(np.argmin(exact)) + 1,
-            field="high",
             hint="fit lognormal, exponential or uniform",
         )
     if family == "lognormal" and not (evidence.high > 0).all():
         row = int(np.argmin(evidence.high > 0)) + 1
-        raise RecordError(
-            "a lognormal law has no type at 0", row=row, field="high", hint="fit another family"
-        )
+        raise RecordError("a lognormal law has no type at 0", row=row, hint="fit another family")
     if family == "uniform" and exact.any() and not exact.all():
         raise SettingsError(
             "the ends of a uniform law have no honest interval where some types are exact and some are not",

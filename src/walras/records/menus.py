@@ -175,11 +175,13 @@ def read_offerings(path: Path) -> OfferingTable:
     """
     table = _csv(path, OFFERING, other=True, rows="offerings", none="has no offerings")
     table.needs("quality", "cost")
-    names = table.names("offering")
+    names, quality = table.names("offering"), table.amounts("quality", most=1.0)
+    if not quality.any():
+        table.fail("is 0 throughout", None, "quality", "one offering at least must give something")
     others = {name: table.amounts_or_text(name) for name in table.columns if name not in OFFERING}
     return OfferingTable(
         names,
-        table.amounts("quality", most=1.0),
+        quality,
         table.amounts("cost"),
         table.amounts("seconds", absent=0.0),
         table.amounts("risk", absent=0.0),
