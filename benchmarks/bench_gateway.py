@@ -10,8 +10,10 @@ opentelemetry-sdk, opentelemetry-exporter-otlp and httptools; Portkey from a fol
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -48,37 +50,38 @@ output_usd = {dear}
 quality = {quality}
 seconds = {seconds}
 """
+MODELS = (
+    ("small", 0.1, 0.4, 0.4, 1),
+    ("medium", 0.5, 2, 0.6, 2),
+    ("large", 2, 8, 0.75, 4),
+    ("largest", 5, 25, 0.85, 8),
+)
+"""Name, USD per million input and output tokens, quality, seconds."""
 LITELLM = """\
 model_list:
-  - model_name: auto
+{deployments}
+router_settings:
+  routing_strategy: {routing}
+  num_retries: {retries}
+  disable_cooldowns: true
+litellm_settings:
+  telemetry: false
+  budget_exceeded_status_code: 429
+  callbacks: litellm_hooks.log
+general_settings:
+  master_key: sk-master
+  custom_auth: litellm_hooks.authenticate
+  custom_auth_run_common_checks: true
+  disable_budget_reservation: {unreserved}
+"""
+DEPLOYMENT = """\
+  - model_name: {group}
     litellm_params:
-      model: openai/mock
+      model: openai/{name}
       api_base: {url}/v1
       api_key: none
-      input_cost_per_token: 0.0000001
-      output_cost_per_token: 0.0000004
-litellm_settings:
-  num_retries: 0
-  telemetry: false
-  max_budget: 1000000
-  budget_duration: 1d
-  callbacks: spend_log.log
-general_settings:
-  master_key: {key}
-"""
-SPEND_LOG = """\
-from litellm.integrations.custom_logger import CustomLogger
-
-
-class SpendLog(CustomLogger):
-    def __init__(self):
-        self.file = open("spend.jsonl", "a", buffering=1)
-
-    async def async_log_success_event(self, kwargs, response_obj, start_time, end_time):
-        self.file.write('{"cost": %r, "id": %r}\\n' % (kwargs.get("response_cost"), kwargs.get("litellm_call_id")))
-
-
-log = SpendLog()
+      input_cost_per_token: {cheap:.9f}
+      output_cost_per_token: {dear:.9f}
 """
 
 
@@ -142,8 +145,8 @@ class Contender:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def load(contender: Contender, clients: int, seconds: int, stream: bool) -> None:
-    """wrk for so long; what it and the kernel saw goes to `found`."""
+def load(contender: Contender, clients: int, seconds: int, stream: bool) -> int:
+    """wrk for so long; what it and the kernel saw goes to `found`. How many requests were answered."""
     env = os.environ | {"MODEL": "auto", "KEY": contender.key, "HEADERS": contender.headers}
     command = [
         "taskset",
@@ -167,6 +170,7 @@ def load(contender: Contender, clients: int, seconds: int, stream: bool) -> None
     contender.found[f"{kind} p50"].append(told["p50_us"] / 1e3)
     contender.found[f"{kind} cpu"].append((contender.cpu_us() - before) / n)
     contender.drained()
+    return int(told["requests"] - told["failed"])
 
 
 def first_bytes(contender: Contender) -> None:
@@ -291,13 +295,7 @@ def start_bare(stack: ExitStack, mock_url: str) -> Contender:
 
 def start_walras(stack: ExitStack, folder: Path, mock_url: str) -> Contender:
     """Four models at the mock, a key with a budget inside the budget of all: everything that is on by default."""
-    rows = (
-        ("small", 0.1, 0.4, 0.4, 1),
-        ("medium", 0.5, 2, 0.6, 2),
-        ("large", 2, 8, 0.75, 4),
-        ("largest", 5, 25, 0.85, 8),
-    )
-    models = "".join(MODEL.format(name=n, cheap=a, dear=b, quality=q, seconds=s) for n, a, b, q, s in rows)
+    models = "".join(MODEL.format(name=n, cheap=a, dear=b, quality=q, seconds=s) for n, a, b, q, s in MODELS)
     settings, data = folder / "economy.toml", folder / "data"
     settings.write_text(ECONOMY.format(url=mock_url) + models)
     walras = [Path(sys.executable).with_name("walras")]
@@ -327,31 +325,52 @@ def start_walras(stack: ExitStack, folder: Path, mock_url: str) -> Contender:
     )
 
 
+def grown(walras: Contender, requests: int) -> str:
+    """What so many requests leave in memory: the process that serves, and all below it."""
+    before, answered, failed = walras.rss_mb(), 0, walras.failed
+    while answered < requests:
+        answered += load(walras, 32, 10, stream=False)
+        serving, helpers = walras.rss_mb()
+        print(f"{answered:,} requests: {serving:.0f} MB, helpers {helpers:.0f} MB", flush=True)
+    return (
+        f"After {answered:,} more plain requests by 32 clients, {walras.failed - failed} failed, the process that serves has {serving:.0f} MB; "
+        f"it had {before[0]:.0f} MB before them. Its helpers have {helpers:.0f} MB, and had {before[1]:.0f} MB."
+    )
+
+
 def start_litellm(stack: ExitStack, folder: Path, mock_url: str, venv: Path) -> Contender:
-    port, key = free_port(), "sk-bench"
-    (folder / "litellm.yaml").write_text(LITELLM.format(url=mock_url, key=key))
-    (folder / "spend_log.py").write_text(SPEND_LOG)
+    """The same four models behind the name `auto`, the cheapest taken; a key found by its hash, with a budget; a row of spend a request."""
+    deployments = "".join(
+        DEPLOYMENT.format(group="auto", name=name, url=mock_url, cheap=cheap / 1e6, dear=dear / 1e6)
+        for name, cheap, dear, _, _ in MODELS
+    )
+    config = LITELLM.format(
+        deployments=deployments, routing="cost-based-routing", retries=0, unreserved=False
+    )
+    url, process = run_litellm(stack, folder, venv, config, {"sk-bench": 100_000.0})
+    return Contender("LiteLLM, tuned", url, process, "sk-bench")
+
+
+def run_litellm(
+    stack: ExitStack, folder: Path, venv: Path, config: str, budgets: dict[str, float]
+) -> tuple[str, subprocess.Popen[Any]]:
+    """Its proxy with `gateway/litellm_hooks.py`: its URL and process. Budgets are USD by key."""
+    port = free_port()
+    (folder / "litellm.yaml").write_text(config)
+    shutil.copy(HERE / "litellm_hooks.py", folder)
     env = os.environ | {
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",
         "LITELLM_LOG": "ERROR",
         "PYTHONPATH": str(folder),
+        "BENCH_KEYS": json.dumps({hashlib.sha256(k.encode()).hexdigest(): usd for k, usd in budgets.items()}),
     }
-    command = [
-        venv / "bin/litellm",
-        "--config",
-        folder / "litellm.yaml",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--num_workers",
-        "1",
-    ]
+    command = [venv / "bin/litellm", "--config", folder / "litellm.yaml", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--num_workers", "1"]
     log = stack.enter_context((folder / "litellm.log").open("wb"))
     process = stack.enter_context(
         running(GATEWAY_CORE, *command, env=env, cwd=folder, stdout=log, stderr=log)
     )
-    return Contender("LiteLLM, tuned", f"http://127.0.0.1:{port}", process, key)
+    return f"http://127.0.0.1:{port}", process
 
 
 def start_portkey(stack: ExitStack, folder: Path, mock_url: str, home: Path) -> Contender:
@@ -385,9 +404,10 @@ def report(contenders: list[Contender], clients: list[int], rounds: int) -> str:
         "median by one client; CPU of all its processes by request. **Walras** has on: authentication, "
         "routing by price over four models, escrow of three nested budgets, a durable hold and entry of each request in its SQLite ledger, "
         "metrics, time-outs, cancellation, clearing of prices in the background. The **bare pass-through** is the same server and "
-        "client and nothing else. **LiteLLM** is tuned (opentelemetry and httptools installed), with a master key, a budget in memory and a "
-        "spend log to a file without waiting for the disk; its keys, budgets and spend log by key need its database, whose "
-        "engine is downloaded when it is set up, and were off: it did less. **Portkey** has none of these. At c=256 LiteLLM may need longer than a run for a single answer.\n",
+        "client and nothing else. **LiteLLM** is tuned (opentelemetry and httptools installed) and has on: a key found by its hash, its "
+        "budget reserved before the call and settled after it by LiteLLM's own code, cost-based routing over the same four models, "
+        "a row a request in SQLite (WAL). Its database cannot be had here (its engine is downloaded when it is set up), so a hook keeps the "
+        "keys in memory and writes the rows where its own queue would. **Portkey** has none of these. At c=256 LiteLLM may need longer than a run for a single answer.\n",
         "| plain | "
         + " | ".join(f"c={c}" for c in clients)
         + " | added p50, ms | CPU µs, c=32 | RSS MB | failed |",
@@ -442,6 +462,9 @@ def main() -> None:
     parser.add_argument("--portkey", type=Path, help="folder where npm has put Portkey")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=4, help="of each run of wrk")
+    parser.add_argument(
+        "--memory", type=int, default=0, help="requests after which memory is looked at again"
+    )
     parser.add_argument("--write", action="store_true", help="put the table on the page of benchmarks")
     options = parser.parse_args()
     clients = [1, 32, 256]
@@ -449,7 +472,9 @@ def main() -> None:
         os.sched_setaffinity(0, {int(LOAD_CORE)})
         contenders = start(stack, Path(folder), options.litellm, options.portkey)
         measure(contenders, options.rounds, options.seconds, clients)
-    text = report(contenders, clients, options.rounds)
+        text = report(contenders, clients, options.rounds)
+        if options.memory:
+            text += "\n\n" + grown(next(c for c in contenders if c.name == "Walras"), options.memory)
     print(text)
     if options.write:
         write_section("gateway", text)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from walras.ledger import Alternative, Entry, Hold, pack
+from walras.ledger.writer import Durable
 
 NOON = 1_700_000_000_000_000_000 // 86_400_000_000_000 * 86_400_000_000_000 + 43_200_000_000_000
 """Unix nanoseconds of a noon (UTC)."""
@@ -137,6 +138,7 @@ from ledgers import entry, hold
 
 async def client(store, name):
     for i in count():
+        await asyncio.sleep(0)  # what is in the journal is waited for by nobody
         held = store.hold(hold(f"{name}-{i}"))
         await store.written(held)
         print("H", f"{name}-{i}", flush=True)
@@ -146,17 +148,19 @@ async def client(store, name):
 async def main(store, life):
     await asyncio.gather(*(client(store, f"{life}-{c}") for c in range(8)))
 
-store = open_store(sys.argv[1])
+store = open_store(sys.argv[1], durable=sys.argv[3])
 recover(store)
 print("READY", "-", flush=True)
 asyncio.run(main(store, sys.argv[2]))
 """
 
 
-def live_and_die(url: str, life: int, seconds: float) -> tuple[set[str], set[str]]:
+def live_and_die(
+    url: str, life: int, seconds: float, durable: Durable = "normal"
+) -> tuple[set[str], set[str]]:
     """Run a writer, kill -9 it after `seconds` of writing; the ids whose hold, and whose entry, it said were durable."""
     here = str(Path(__file__).parent)
-    command = [sys.executable, "-c", _CHILD, url, str(life)]
+    command = [sys.executable, "-c", _CHILD, url, str(life), durable]
     paths = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths}) as child:
         assert child.stdout is not None

@@ -26,6 +26,7 @@ from pydantic import BaseModel, TypeAdapter
 from gateways import Service, running
 
 SMALL = "simulated-small"
+EMBEDDINGS = "simulated-embeddings"
 HELLO = [{"role": "user", "content": "hello"}]
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 WEATHER = {"name": "weather", "description": "The weather of a city", "parameters": SCHEMA}
@@ -238,9 +239,9 @@ def test_openai_responses_stream(client: Any) -> None:
 
 
 def test_openai_embeddings(client: Any) -> None:
-    packed = client.embeddings.create(model=SMALL, input=["one", "two"])  # asks for base64, and unpacks it
-    plain = client.embeddings.create(model=SMALL, input="one", encoding_format="float")
-    tokens = client.embeddings.create(model=SMALL, input=[[1, 2, 3]])
+    packed = client.embeddings.create(model=EMBEDDINGS, input=["one", "two"])  # asks for base64, and unpacks it
+    plain = client.embeddings.create(model=EMBEDDINGS, input="one", encoding_format="float")
+    tokens = client.embeddings.create(model=EMBEDDINGS, input=[[1, 2, 3]])
 
     assert len(packed.data) == 2
     assert packed.data[0].embedding == pytest.approx(plain.data[0].embedding, abs=1e-6)
@@ -304,7 +305,7 @@ def test_openai_responses_and_embeddings_meet_the_budget_too(counted: Any, poor:
     with pytest.raises(openai.RateLimitError, match="budget"):
         client.responses.create(model=SMALL, input="hello")
     with pytest.raises(openai.RateLimitError, match="budget"):
-        client.embeddings.create(model=SMALL, input="hello " * 1000)
+        client.embeddings.create(model=EMBEDDINGS, input="hello " * 1000)
 
     assert seen == ["/v1/responses", "/v1/embeddings"]
 
@@ -466,7 +467,7 @@ def test_answers_have_every_field_the_sdks_promise(service: Service) -> None:
     from openai.types import CreateEmbeddingResponse, Model
 
     check_shapes(service, SMALL)
-    vectors = post(service, "/v1/embeddings", {"model": SMALL, "input": "hello"})
+    vectors = post(service, "/v1/embeddings", {"model": EMBEDDINGS, "input": "hello"})
     TypeAdapter(CreateEmbeddingResponse).validate_json(vectors)
     for model in get(service, "/v1/models")["data"]:
         TypeAdapter(Model).validate_python(model)
@@ -508,7 +509,7 @@ def test_langchain(service: Service, poor: str) -> None:
         responses = chat(use_responses_api=True)
         told, streamed = responses.invoke("hello"), list(responses.stream("hello"))
         vectors = OpenAIEmbeddings(
-            base_url=f"{service.url}/v1", api_key=service.key, model=SMALL, http_client=http,
+            base_url=f"{service.url}/v1", api_key=service.key, model=EMBEDDINGS, http_client=http,
             check_embedding_ctx_length=False,
         ).embed_documents(["one", "two"])  # fmt: skip
         with pytest.raises(openai.RateLimitError):
@@ -624,7 +625,7 @@ def test_litellm(service: Service, poor: str) -> None:
     called = litellm.completion(tools=TOOLS, **named, **given).choices[0].message.tool_calls[0]
     native = litellm.completion(**named | given | {"model": f"anthropic/{SMALL}", "api_base": service.url})
     vectors = litellm.embedding(
-        model=f"openai/{SMALL}", input=["one"], api_base=given["api_base"], api_key=service.key
+        model=f"openai/{EMBEDDINGS}", input=["one"], api_base=given["api_base"], api_key=service.key
     )
     told = litellm.responses(
         model=f"openai/{SMALL}", input="hello", api_base=given["api_base"], api_key=service.key

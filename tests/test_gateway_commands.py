@@ -202,6 +202,15 @@ def test_an_export_says_what_is_in_it_and_that_it_is_simulated(service: Service,
     )
 
 
+def test_a_running_service_is_told_of_corrections_itself(service: Service, tmp_path: Path) -> None:
+    file = tmp_path / "invoice.csv"
+    file.write_text("request_id,charged_usd\nr,1\n", encoding="utf-8")
+    ran = walras("ledger", "reconcile", file, "--data", service.data)
+    failed(ran, 7, "another process writes it", "POST /v1/reconcile")
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        call(service, "/v1/reconcile", {"request_id": "r", "charged_usd": 1})
+
+
 def test_what_is_old_is_retired_only_when_nothing_writes(service: Service) -> None:
     failed(walras("ledger", "retain", "--days", 1, "--data", service.data), 7, "another process writes it")
 
@@ -339,7 +348,7 @@ def test_the_shell_completes_it() -> None:
     assert periods == ["none", "minute", "hour", "day", "week", "month"]
 
 
-@pytest.mark.parametrize("command", ["serve", "check", "keys create", "keys list", "keys rotate", "keys revoke", "ledger export", "ledger verify", "ledger stats", "ledger retain"])  # fmt: skip
+@pytest.mark.parametrize("command", ["serve", "check", "keys create", "keys list", "keys rotate", "keys revoke", "ledger export", "ledger verify", "ledger stats", "ledger reconcile", "ledger retain"])  # fmt: skip
 def test_help_has_a_word_on_every_option(command: str) -> None:
     from typer.main import get_command  # noqa: PLC0415 - typer's own view of the options
 

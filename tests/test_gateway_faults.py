@@ -19,6 +19,7 @@ from walras.gateway.metering import STEP
 from walras.gateway.protocol import sweep
 from walras.gateway.simulated import SimulatedTransport
 from walras.gateway.wire import Stamp, Usage, sse
+from walras.ledger.store import open_store
 from walras.ledger.writer import State, Unwritable
 from walras.settings import Economy
 
@@ -107,6 +108,11 @@ def full_disk(service: Live) -> Iterator[None]:
         yield
 
 
+def no_journal() -> Any:
+    """Each record waits for its commit, as it does in PostgreSQL."""
+    return patch("walras.gateway.serve.open_store", lambda url, durable: open_store(url))
+
+
 async def until(true: Callable[[], bool], within_s: float = 5.0) -> None:
     async with asyncio.timeout(within_s):
         while not true():
@@ -118,6 +124,8 @@ def test_nothing_is_spent_that_cannot_be_written(tmp_path: Path) -> None:
 
     async def test(service: Live) -> None:
         with full_disk(service):
+            assert (await service.ask("/v1/chat/completions", CHAT)).status == 200  # in the journal; then it shows
+            await until(lambda: service.calls.books.problem is not None)
             before = transport.requests
             for path, body in DIALECTS.items():
                 got = await service.ask(path, body)
@@ -138,8 +146,30 @@ def test_nothing_is_spent_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_a_full_disk_keeps_nothing_from_a_client_that_is_in_the_journal(stream: bool, tmp_path: Path) -> None:
+    """The disk fills while the upstream answers: what is in the journal is safe, and the next call is refused."""
+
+    async def test(service: Live) -> None:
+        asking = asyncio.create_task(
+            service.ask("/v1/chat/completions", CHAT | {"stream": stream, "max_tokens": 40})
+        )
+        await until(lambda: len(service.service.store.open_holds()) == 1)
+        with full_disk(service):
+            got = await asking
+            assert got.status == 200
+            assert not stream or b"[DONE]" in got.body
+            await until(lambda: service.calls.books.problem is not None)
+            assert service.entries() == []
+            assert (await service.ask("/v1/chat/completions", CHAT)).status == 503
+        await until(lambda: len(service.entries()) == 1)
+        assert service.audit()[0].charged_nano > 0
+
+    run(tmp_path, test, SimulatedTransport(time_scale=0.5))
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_an_entry_is_kept_until_the_disk_has_room(stream: bool, tmp_path: Path) -> None:
-    """The disk fills while the upstream answers: the client learns it, and the entry is written later."""
+    """Without a journal: the client learns it, and the entry is written later."""
 
     async def test(service: Live) -> None:
         asking = asyncio.create_task(
@@ -159,7 +189,8 @@ def test_an_entry_is_kept_until_the_disk_has_room(stream: bool, tmp_path: Path) 
         entry = service.audit()[0]
         assert entry.charged_nano > 0
 
-    run(tmp_path, test, SimulatedTransport(time_scale=0.5))
+    with no_journal():
+        run(tmp_path, test, SimulatedTransport(time_scale=0.5))
 
 
 # --- clients that leave -------------------------------------------------------------------------------------------------------
@@ -253,7 +284,8 @@ def test_a_client_that_leaves_while_the_ledger_writes(
         assert [e.status for e in service.audit()] == [status]
         assert transport.requests == asked
 
-    run(tmp_path, test, transport)
+    with no_journal():
+        run(tmp_path, test, transport)
 
 
 # --- clients that are slow ------------------------------------------------------------------------------------------------------

@@ -768,7 +768,7 @@ def test_simulated_tools_json_and_embeddings() -> None:
         assert answer.reply is not None
         assert json.loads(words_in(answer.reply.body)) == {"city": "SIMULATED Why?", "days": 1}
         call = read_call("embeddings", b'{"model":"m","input":["abcd","abcd","efgh"]}')
-        answer = await upstream.ask(call, "simulated-embedding", STAMP)
+        answer = await upstream.ask(call, "simulated-embeddings", STAMP)
         assert answer.reply is not None
         vectors = [row["embedding"] for row in json.loads(answer.reply.body)["data"]]
         assert vectors[0] == vectors[1] != vectors[2]

@@ -6,9 +6,9 @@ python bare.py BASE_URL
 import asyncio
 import sys
 
-import uvicorn
 import uvloop
 
+from walras.gateway.serve import server_of
 from walras.gateway.transport import Endpoint, HttpTransport, Request
 
 KEEP = (b"content-type", b"content-length")
@@ -30,11 +30,8 @@ async def main(base_url: str) -> None:
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    config = uvicorn.Config(
-        app, port=0, loop="none", http="httptools", ws="none", lifespan="off", access_log=False,
-        log_level="warning", server_header=False, backlog=4096,
-    )  # fmt: skip
-    server = uvicorn.Server(config)
+    server = server_of(app)
+    server.config.port = 0
     running = asyncio.ensure_future(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)

@@ -21,7 +21,7 @@ from walras.diagnosis.contract import to_json
 from walras.diagnosis.terminal import table
 from walras.diagnosis.words import count
 from walras.diagnosis.words import usd as dollars
-from walras.errors import RecordError, SettingsError
+from walras.errors import OutputError, RecordError, SettingsError
 from walras.gateway.escrow import PERIODS
 from walras.gateway.keys import Key, KeyStore, NewKey
 from walras.ledger import Store, open_store, stats, usd, verify
@@ -45,6 +45,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print plain data instead of 
 
 SIMULATED = "; SIMULATED: no provider is called"
 PER = {"none": " in all"} | {p: f" by {p}" for p in PERIODS if p != "none"}
+
+REFUSED_SHOWN = 10
+"""Refused rows that are named where nobody asks for all."""
 
 keys = typer.Typer(help="API keys of the service: who may call, with what budget.", no_args_is_help=True)
 ledger = typer.Typer(help="What requests were promised and paid.", no_args_is_help=True)
@@ -119,7 +122,7 @@ def check(settings: Settings = None, json: Json = False) -> None:
             table(
                 "Upstreams",
                 ("upstream", "route", ""),
-                [(escape(a), b, escape(c or "answers")) for a, b, c in rows],
+                [(escape(a), escape(b), escape(c or "answers")) for a, b, c in rows],
             )
         )
         console.say(f"the settings are sound: {count(len(economy.models), 'models')}" + SIMULATED * simulated)
@@ -344,11 +347,48 @@ def ledger_stats(data: Data = DATA, url: LedgerUrl = None, json: Json = False) -
         ("charged", dollars(usd(found.charged_nano))),
         ("outcomes", f"{found.outcomes:,}"),
         ("corrections", f"{found.corrections:,}"),
+        ("to reconcile", f"{found.to_reconcile:,}, charged {dollars(usd(found.to_reconcile_nano))}"),
         ("open holds", f"{found.open_holds:,}"),
         ("retired entries", f"{found.retired:,}"),
         ("size", f"{found.size_bytes / 1e6:,.1f} MB"),
     ]
     console.show(table("Ledger", ("", "in all"), whole))
+
+
+@ledger.command()
+def reconcile(
+    file: Annotated[Path, typer.Argument(help=".csv or .jsonl: request_id, and charged_usd or charged_nano")],
+    data: Data = DATA,
+    url: LedgerUrl = None,
+    source: Annotated[str, typer.Option(help="Who says so, such as an invoice's number")] = "upstream",
+    json: Json = False,
+) -> None:
+    """Say what requests really cost that were settled at their cap, or estimated: by a file from the provider. Exit code 3 if a
+    row is refused. While a service runs on the ledger, send POST /v1/reconcile instead."""
+    from walras.ledger.reconcile import reconcile as correct  # noqa: PLC0415 - of this command alone
+
+    try:
+        store = open_store(url or _state(data, "ledger.sqlite", "`walras serve`"))
+    except OutputError as error:
+        raise OutputError(f"{error} Or send a service that runs on it POST /v1/reconcile.") from error
+    try:
+        done = correct(store, file, source=source, at_ns=time.time_ns())
+    finally:
+        store.stop()
+    if json:
+        console.show(to_json(asdict(done)))
+    else:
+        more = "more" if done.difference_nano >= 0 else "less"
+        console.say(
+            f"{count(done.corrected, 'requests')} corrected, {done.unchanged:,} unchanged: "
+            f"{dollars(usd(abs(done.difference_nano)))} {more} than the ledger said"
+        )
+        for row in done.refused[:REFUSED_SHOWN]:
+            console.say(f"row {row.row}: {row.request_id or 'no request'}: {row.problem}")
+    if url is not None:
+        console.say("a service that runs on this ledger counts it from its next start")
+    if done.refused:
+        raise RecordError(f"{count(len(done.refused), 'rows')} refused", path=file)
 
 
 def _when(at_ns: int | None) -> str:

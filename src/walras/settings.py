@@ -20,6 +20,8 @@ from walras.quantities import USD, BoolArray, Labels
 from walras.risk import CVaR, Expectation, FloatArray, MaxMin, RiskMeasure
 
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Kind = Literal["chat", "embeddings"]
+"""What a model makes. A request takes models of one kind only."""
 
 
 class _Table(BaseModel):
@@ -90,6 +92,10 @@ class UpstreamSettings(_Table):
         "openai", description="What it speaks; 'simulated' answers by itself, without a network"
     )
     base_url: str | None = Field(None, description="Where it is: https://api.example.com/v1")
+    regions: dict[Annotated[str, Field(min_length=1)], str] = Field(
+        default_factory=dict,
+        description='Further such places by region, used in turn: { eu = "https://eu.api.example.com/v1" }',
+    )
     key_env: tuple[str, ...] = Field(
         (), description="Environment variables that hold its API keys; used in turn"
     )
@@ -108,7 +114,18 @@ class ModelSettings(_Table):
     cached_input_usd: Amount | None = Field(
         None, description="USD per million input tokens read from a cache (default: as input)"
     )
-    output_usd: Amount = Field(description="USD per million output tokens, reasoning included")
+    cache_write_usd: Amount | None = Field(
+        None, description="USD per million input tokens written to a cache (default: as input)"
+    )
+    output_usd: Amount = Field(description="USD per million output tokens")
+    reasoning_usd: Amount | None = Field(
+        None, description="USD per million output tokens of reasoning (default: as output)"
+    )
+    request_usd: Amount = Field(0.0, description="USD per request, besides its tokens")
+    max_output_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        16_384, description="Most output tokens it makes: what is reserved, and asked for, at most"
+    )
+    kind: Kind = Field("chat", description="What it makes: answers, or embeddings for /v1/embeddings")
     quality: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="Expected quality, 0 to 1")
     quality_by_class: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
         default_factory=dict, description="The same by task class"
@@ -210,9 +227,12 @@ class Economy(Group):
                 raise ValueError(
                     f"models.{name}: no upstream '{model.upstream}'; there are {list(self.upstreams)}"
                 )
+            if model.kind == "embeddings" and self.upstreams[model.upstream].kind == "anthropic":
+                raise ValueError(f"models.{name}: Anthropic's API has no embeddings; name another upstream")
         for name, upstream in self.upstreams.items():
-            if upstream.kind != "simulated" and not upstream.base_url:
-                raise ValueError(f"upstreams.{name}: needs base_url, for example https://api.example.com/v1")
+            if upstream.kind != "simulated" and not (upstream.base_url or upstream.regions):
+                what = "needs base_url, for example https://api.example.com/v1, or regions"
+                raise ValueError(f"upstreams.{name}: {what}")
         if USD in self.resources:
             raise ValueError("the resource 'usd' is the column cost_usd; use budget_usd")
         return self

@@ -6,24 +6,41 @@ import asyncio
 import json
 from base64 import b64encode
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from decimal import Decimal
 from hashlib import sha256
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import msgspec
 
-from walras.errors import OutputError, RecordError, WalrasError
+from walras.errors import OutputError, QuantityError, RecordError, SettingsError, WalrasError
 from walras.gateway.board import Board, Standing, standing_json
 from walras.gateway.calls import LONGEST, Calls, id_headers, new_id
 from walras.gateway.dialects import error_body
 from walras.gateway.escrow import LocalEscrow
 from walras.gateway.http import EVENTS, Gone, HttpError, Receive, Request, Scope, Send, log_bug
-from walras.gateway.keys import Key, KeyStore
+from walras.gateway.keys import Key, KeyStore, accounts_of
 from walras.gateway.metering import scarcity
 from walras.gateway.metrics import Metrics
 from walras.gateway.openapi import OPENAPI
 from walras.gateway.wire import Dialect
-from walras.ledger import Conflict, Filter, Outcome, Row, Store, UnknownRequest, unpack, usd
+from walras.ledger import (
+    Conflict,
+    Correction,
+    Entry,
+    Filter,
+    Nano,
+    Outcome,
+    Row,
+    Store,
+    Ticket,
+    UnknownRequest,
+    nano,
+    unpack,
+    usd,
+)
+from walras.ledger.entry import Settled
 
 PAGE = files("walras.gateway").joinpath("page.html").read_bytes()
 
@@ -76,6 +93,14 @@ class _OutcomeBody(msgspec.Struct):
     source: Annotated[str, msgspec.Meta(max_length=LONGEST)] = "user"
 
 
+class _ChargeBody(msgspec.Struct):
+    """What `POST /v1/reconcile` takes."""
+
+    request_id: str
+    charged_usd: Decimal
+    source: Annotated[str, msgspec.Meta(max_length=LONGEST)] = "upstream"
+
+
 class _UseBody(msgspec.Struct):
     """One use to be priced, in physical amounts."""
 
@@ -105,6 +130,7 @@ class Gateway:
         self.ready = False
         self.stopping = asyncio.Event()
         """Set when the service is to end: calls under way go on, new ones are refused."""
+        self._correcting = asyncio.Lock()
         self._routes: dict[tuple[str, str], Handler] = {
             ("GET", "/v1/models"): self._models,
             ("GET", "/v1/prices"): self._prices,
@@ -114,6 +140,7 @@ class Gateway:
             ("GET", "/v1/requests"): self._requests,
             ("POST", "/v1/outcomes"): self._outcomes,
             ("POST", "/v1/decide"): self._decide,
+            ("POST", "/v1/reconcile"): self._reconcile,
             ("GET", "/metrics"): self._metrics,
         }
 
@@ -319,7 +346,19 @@ class Gateway:
         said = request.query.get("limit", str(SHOWN))
         if not said.isdecimal() or not 1 <= int(said) <= MOST_SHOWN:
             raise HttpError(400, f"limit must be from 1 to {MOST_SHOWN}", code="invalid_value", param="limit")
-        where = Filter(tenant=key.tenant) if key.scope == "tenant" else Filter()
+        settled, reconciled = request.query.get("settled"), request.query.get("reconciled")
+        for name, given, known in (
+            ("settled", settled, get_args(Settled)),
+            ("reconciled", reconciled, ("true", "false")),
+        ):
+            if given is not None and given not in known:
+                what = f"{name} must be one of {', '.join(known)}"
+                raise HttpError(400, what, code="invalid_value", param=name)
+        where = Filter(
+            tenant=key.tenant if key.scope == "tenant" else None,
+            settled=settled,
+            reconciled=None if reconciled is None else reconciled == "true",
+        )
         rows = await asyncio.to_thread(self.store.entries, None, int(said), where, newest=True)
         await request.json({"object": "list", "data": [_row_data(row) for row in rows]})
 
@@ -339,15 +378,56 @@ class Gateway:
         if same and (same[0].quality, same[0].loss_usd) != (said.quality, said.loss_usd):
             raise HttpError(409, "another outcome was recorded for this request and source", code="conflict")
         if not same:
-            try:
-                await self.store.written(self.store.outcome(outcome))
-            except UnknownRequest as error:
-                raise HttpError(404, str(error), code="not_found") from error
-            except Conflict as error:
-                raise HttpError(409, str(error), code="conflict") from error
+            await self._amended(self.store.outcome(outcome))
             if entry.use in self.board.models:
-                self.board.judged(entry.use, entry.task_class or "", said.quality)
+                self.board.judged(entry.use, self.calls.priced_as(entry.task_class or ""), said.quality)
         await request.json({"request_id": said.request_id, "recorded": True})
+
+    async def _reconcile(self, request: Request, key: Key) -> None:
+        """What a request cost that was settled at its cap, or estimated; budgets of its period follow."""
+        if key.scope != "admin":
+            raise HttpError(403, "reconciling needs a key with scope admin", code="permission_denied")
+        said = await self._read(request, _ChargeBody)
+        try:
+            charged = nano(said.charged_usd)
+        except QuantityError as error:
+            raise HttpError(400, str(error), code="invalid_value", param="charged_usd") from error
+        async with self._correcting:  # two at once would both count from the same amount
+            where = Filter(request_id=said.request_id)
+            rows = await asyncio.to_thread(self.store.entries, None, 1, where)
+            if not rows:
+                what = f"there is no request '{said.request_id}'"
+                raise HttpError(404, what, code="not_found", param="request_id")
+            row = rows[0]
+            if row.corrected_nano != charged:
+                correction = Correction(said.request_id, self.board.clock(), charged, said.source)
+                await self._amended(self.store.reconcile(correction))
+                self._respend(row.entry, charged - row.paid_nano)
+        answer = {
+            "request_id": said.request_id,
+            "charged_usd": usd(charged),
+            "before_usd": usd(row.paid_nano),
+        }
+        await request.json(answer)
+
+    def _respend(self, entry: Entry, more: Nano) -> None:
+        """Budgets hear that so much more, or less, was spent in the period of a request."""
+        for account in accounts_of(entry.key_id, entry.tenant):
+            with suppress(SettingsError):  # an account that comes later is told what the ledger has then
+                self.escrow.load(account, entry.at_ns, more)
+
+    async def _amended(self, ticket: Ticket) -> None:
+        """Return when it is durable.
+
+        Raises:
+            HttpError: 404 for a request that is not there, 409 for what contradicts the ledger.
+        """
+        try:
+            await self.store.written(ticket)
+        except UnknownRequest as error:
+            raise HttpError(404, str(error), code="not_found") from error
+        except Conflict as error:
+            raise HttpError(409, str(error), code="conflict") from error
 
     async def _decide(self, request: Request, key: Key) -> None:
         said = await self._read(request, _DecideBody)
@@ -422,7 +502,10 @@ def _row_data(row: Row) -> dict[str, Any]:
         "upstream": e.upstream,
         "status": e.status,
         "http_status": e.http_status,
+        "settled": e.settled,
         "charged_usd": usd(e.charged_nano),
+        "paid_usd": usd(row.paid_nano),
+        "reconciled": row.corrected_nano is not None,
         "reserved_usd": usd(e.reserved_nano),
         "value_usd": e.value_usd,
         "propensity": e.propensity,

@@ -2,7 +2,7 @@
 
 A request must be decided in microseconds and priced as exactly as a log. What a model takes is affine in the prompt's tokens, and the
 terms of [Z-1] are linear in amounts, so `equation.terms` at two lengths gives the coefficients of all: they are compiled once
-for each (version of the prices, tenant, class), and a decision evaluates them. Prices are found again in the background (`clearer`, a
+for each (version of the prices, tenant, class, kind), and a decision evaluates them. Prices are found again in the background (`clearer`, a
 process of its own) from the latest requests; until they are certified, the last ones hold, and their age is shown.
 """
 
@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -23,7 +23,7 @@ from walras.errors import SettingsError
 from walras.gateway.offers import MTOK, Asked, Experience, expected, tasks_of, uses_of
 from walras.prices import Prices
 from walras.quantities import USD, Uses
-from walras.settings import Economy
+from walras.settings import Economy, Kind
 
 Clock = Callable[[], int]
 """Nanoseconds since 1970."""
@@ -99,7 +99,8 @@ class Board:
     clock: Clock = time.time_ns
     standing: Standing = field(init=False)
     _experience: dict[tuple[str, str], Experience] = field(init=False, default_factory=dict)
-    _compiled: dict[tuple[str, str], _Compiled] = field(init=False, default_factory=dict)
+    _compiled: dict[tuple[str, str, Kind], _Compiled] = field(init=False, default_factory=dict)
+    _by_kind: dict[Kind, tuple[str, ...]] = field(init=False)
     _window: deque[Asked] = field(init=False)
     _watchers: list[Callable[[Standing], None]] = field(init=False, default_factory=list)
 
@@ -108,6 +109,8 @@ class Board:
             raise SettingsError(
                 "there are none to serve with", key="models", hint="a table [models.NAME] for each"
             )
+        models = self.economy.models.items()
+        self._by_kind = {kind: tuple(n for n, m in models if m.kind == kind) for kind in get_args(Kind)}
         self._window = deque(maxlen=self.economy.gateway.window)
         prices = Prices(declared=self.economy.declared())
         self.standing = Standing(1, prices, None, self.clock(), 0, None)
@@ -115,6 +118,10 @@ class Board:
     @property
     def models(self) -> tuple[str, ...]:
         return tuple(self.economy.models)
+
+    def of(self, kind: Kind) -> tuple[str, ...]:
+        """The models that make this."""
+        return self._by_kind[kind]
 
     def watch(self, watcher: Callable[[Standing], None]) -> Callable[[], None]:
         """Call `watcher` at every new standing; returns what ends that."""
@@ -137,6 +144,7 @@ class Board:
         *,
         tenant: str = "",
         task_class: str = "",
+        kind: Kind = "chat",
         scarcity: float = 0.0,
         without: Sequence[str] = (),
         deadline: float | None = None,
@@ -150,7 +158,7 @@ class Board:
             without: uses that have failed, or whose upstream is down.
             deadline: seconds; uses expected to take longer are not open.
         """
-        c = self._coefficients(tenant, task_class)
+        c = self._coefficients(tenant, task_class, kind)
         ranked = []
         for i, name in enumerate(c.names):
             if name in without or (deadline is not None and self._of(name, task_class).seconds > deadline):
@@ -183,13 +191,13 @@ class Board:
         found = [Alternative(name, *(float(c[0, i]) for c in columns)) for i, name in enumerate(names)]
         return Decision(tuple(sorted(found, key=lambda a: -a.net)), self.standing.version, 0.0)
 
-    def delay_price(self, tenant: str, task_class: str) -> float:
+    def delay_price(self, tenant: str, task_class: str, kind: Kind = "chat") -> float:
         """What a second of its own costs a request, USD: λ₀ and what mean SLAs charge. [Z-3]"""
-        return self._coefficients(tenant, task_class).second
+        return self._coefficients(tenant, task_class, kind).second
 
-    def asked(self, value: float, tokens: float, tenant: str, task_class: str) -> None:
+    def asked(self, value: float, tokens: float, tenant: str, task_class: str, kind: Kind = "chat") -> None:
         """A request that prices are to be found from."""
-        self._window.append(Asked(value, tokens, tenant, task_class))
+        self._window.append(Asked(value, tokens, tenant, task_class, kind))
 
     def came_back(self, use: str, task_class: str, output_tokens: float, seconds: float) -> None:
         """What a use took in fact."""
@@ -211,14 +219,14 @@ class Board:
             )
         return found
 
-    def _coefficients(self, tenant: str, task_class: str) -> _Compiled:
-        found = self._compiled.get((tenant, task_class))
+    def _coefficients(self, tenant: str, task_class: str, kind: Kind) -> _Compiled:
+        found = self._compiled.get((tenant, task_class, kind))
         if found is None:
-            found = self._compiled[tenant, task_class] = self._compile(tenant, task_class)
+            found = self._compiled[tenant, task_class, kind] = self._compile(tenant, task_class, kind)
         return found
 
-    def _compile(self, tenant: str, task_class: str) -> _Compiled:
-        two = [Asked(1.0, 0.0, tenant, task_class), Asked(1.0, float(MTOK), tenant, task_class)]
+    def _compile(self, tenant: str, task_class: str, kind: Kind) -> _Compiled:
+        two = [Asked(1.0, tokens, tenant, task_class, kind) for tokens in (0.0, float(MTOK))]
         tasks, uses = tasks_of(self.economy, two), uses_of(self.economy, two, self._experience)
         parts = terms(tasks, uses, self.standing.prices)
         usd = uses.amount(USD)

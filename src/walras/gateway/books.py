@@ -36,7 +36,9 @@ class Books:
             RecordError: the ledger refuses it; or any bug. Its money is written without the rest.
         """
         try:
-            await self.store.written(self.store.close(entry))
+            ticket = self.store.close(entry)
+            if not ticket.done or ticket.error is not None:
+                await self.store.written(ticket)
         except (OutputError, asyncio.CancelledError):
             self._keep(entry)
             raise

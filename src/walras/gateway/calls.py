@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
@@ -36,20 +37,20 @@ from walras.ledger import Alternative as Written
 from walras.ledger import Entry, Hold, Nano, Store, Ticket, pack, priced
 from walras.ledger.entry import Settled, Status
 from walras.ledger.money import NANO_PER_USD
+from walras.settings import Kind
+
+if TYPE_CHECKING:
+    from walras.gateway.tracing import Trace, Tracer
 
 AUTO = ("auto", "walras/auto", "")
 SHOWN = 8
 """Alternatives an entry keeps, the best first."""
-OUTPUT_CAP = 16_384
-"""Most output tokens where neither the client nor the model says."""
 TRIES = 4
 """Attempts at one request, all uses together."""
 AGAIN = 0.5
 """What a use is still expected to be worth after each of its failures on this request."""
 CHARACTERS = 3
 """Of generated text for each token, where an upstream does not report usage: fewer than is usual, so that the charge is not low."""
-MOST_OUTPUT = 1_000_000
-"""Most output tokens that may be asked for: no model makes more, and amounts must fit the ledger."""
 MOST_CHOICES = 128
 MOST_USD = 1e6
 """Largest value of a request per unit of quality."""
@@ -61,8 +62,6 @@ HIDDEN = 32.0
 """Most tokens that a model is taken to make for each one that is seen."""
 CLASSES = 1000
 """Classes of tasks that are priced apart; a client may invent names, and memory must not grow with them."""
-WATCH_S = 0.02
-"""Seconds until a client is watched for leaving: a fast answer is spared the task, which costs as much as its routing."""
 LONGEST = 256
 """Characters of a class or session."""
 
@@ -106,6 +105,11 @@ class Ask:
     deadline: float | None
     text_bytes: int
     prompt: str | None
+
+    @property
+    def kind(self) -> Kind:
+        """Of the models that can answer."""
+        return "embeddings" if self.call.dialect == "embeddings" else "chat"
 
     @property
     def elapsed(self) -> float:
@@ -160,17 +164,11 @@ class Run:
     written: bool = False
     """Its entry is on its way to the ledger."""
     gone: bool = False
-    watching: asyncio.Task[None] | None = None
-    """For the client to leave."""
+    trace: Trace | None = None
 
-    def watch(self, task: asyncio.Task[None]) -> None:
-        """From now on, end `task` when the client leaves."""
-        self.watching = asyncio.create_task(self.request.hung_up())
-        self.watching.add_done_callback(partial(self.hang_up, task))
-
-    def hang_up(self, task: asyncio.Task[None], watch: asyncio.Task[None]) -> None:
+    def hang_up(self, task: asyncio.Task[None]) -> None:
         """The client has left: what is still being done for it ends."""
-        if not watch.cancelled() and not self.ending:
+        if not self.ending:
             self.gone = True
             task.cancel()
 
@@ -188,6 +186,8 @@ class Calls:
     menu: dict[str, Any] | None = None
     open: int = 0
     """Calls under way."""
+    tracer: Tracer | None = None
+    """Where spans are sent."""
     rng: Random = field(default_factory=Random)
     """Of backoffs."""
     books: Books = field(init=False)
@@ -197,11 +197,15 @@ class Calls:
     _hidden: dict[str, float] = field(init=False, default_factory=dict)
     """Tokens for each one seen, by use."""
     _redacted: Callable[[str], str] = field(init=False)
+    tiers: tuple[str, ...] = field(init=False)
+    """Tiers of the menu that is served, which clients may name as models."""
     _prices: dict[str, TokenPrices] = field(init=False)
     _tariffs: dict[str, Tariff] = field(init=False)
 
     def __post_init__(self) -> None:
         self.books = Books(self.store)
+        names = () if self.menu is None else (t["name"] for t in self.menu["tiers"])
+        self.tiers = tuple(name for name in names if name not in self.board.models)
         self._classes.update(self.board.economy.classes)
         self._redacted = redaction(self.board.economy.gateway.redact)
         self._prices = {name: self._upstream(name).models[name].prices for name in self.board.models}
@@ -209,15 +213,6 @@ class Calls:
 
     def _upstream(self, use: str) -> Upstream:
         return self.upstreams[self.board.economy.models[use].upstream]
-
-    @property
-    def tiers(self) -> tuple[str, ...]:
-        """Tiers of the menu that is served, which clients may name as models."""
-        return (
-            ()
-            if self.menu is None
-            else tuple(t["name"] for t in self.menu["tiers"] if t["name"] not in self.board.models)
-        )
 
     def value_of(self, key: Key, task_class: str) -> float | None:
         """V of a request that does not say: the key's, else the settings'."""
@@ -236,10 +231,12 @@ class Calls:
         began, at_ns = time.perf_counter(), self.board.clock()
         body = await request.body(self.board.economy.gateway.body_bytes)
         run = Run(request, self._ask(request, dialect, key, request_id, body, at_ns, began))
+        if self.tracer is not None:
+            run.trace = self.tracer.begin(run)
         self.open += 1
         task = asyncio.current_task()
         assert task is not None
-        watch = asyncio.get_running_loop().call_later(WATCH_S, run.watch, task)
+        request.on_leave(partial(run.hang_up, task))
         try:
             await self._answer(run)
         except asyncio.CancelledError:
@@ -263,10 +260,9 @@ class Calls:
             raise
         finally:
             run.ending = True
-            watch.cancel()
-            if run.watching is not None:
-                run.watching.cancel()
             self.open -= 1
+            if run.trace is not None:
+                run.trace.end(sys.exception())
 
     async def _break_off(self, run: Run, error: Exception) -> None:
         """Tell the reader of a stream that it ends here."""
@@ -309,6 +305,8 @@ class Calls:
                 log_bug(error)
                 entry = self._least_entry(run, told)
             run.written = True
+            if run.trace is not None:
+                run.trace.entry = entry
             await self.books.close(entry)
 
     async def _settle_unfinished(self, run: Run, attempt: Attempt, usage: Usage | None) -> None:
@@ -347,6 +345,7 @@ class Calls:
             ) from error
         if call.choices > MOST_CHOICES:
             raise HttpError(400, f"'n' must be at most {MOST_CHOICES}", code="invalid_value", param="n")
+        self._check_model(call)
         task_class = _name(request, b"x-walras-class") or key.task_class or ""
         value = _amount(request, b"x-walras-value", MOST_USD)
         if value is None:
@@ -367,6 +366,21 @@ class Calls:
             len(body),
             prompt,
         )
+
+    def _check_model(self, call: Call) -> None:
+        """There must be such a model, and it must make what is asked for."""
+        wanted: Kind = "embeddings" if call.dialect == "embeddings" else "chat"
+        named = self.board.economy.models.get(call.model)
+        if named is not None:
+            if named.kind != wanted:
+                what = f"'{call.model}' is of kind '{named.kind}', and this takes a model of kind '{wanted}'"
+                raise HttpError(400, what, code="unsuited", param="model")
+        elif self._named(call.model):
+            what = f"there is no model '{call.model}'; /v1/models lists them"
+            raise HttpError(404, what, code="model_not_found", param="model")
+        elif not self.board.of(wanted):
+            what = f"no model of kind '{wanted}' is served here; in the settings: [models.NAME] kind = \"{wanted}\""
+            raise HttpError(404, what, code="model_not_found", param="model")
 
     def priced_as(self, task_class: str) -> str:
         """The class itself, or none where too many are known."""
@@ -394,15 +408,12 @@ class Calls:
             self.meter.tokens(model, ask.text_bytes),
             tenant=ask.key.tenant,
             task_class=ask.priced_as,
+            kind=ask.kind,
             scarcity=scarce,
             without=[*self._down(), *(use for use, times in failed.items() if times >= TRIES)],
             deadline=None if ask.deadline is None else ask.deadline - ask.elapsed,
         )
-        named = self._named(model)
-        if named and model not in self.board.models:
-            what = f"there is no model '{model}'; /v1/models lists them"
-            raise HttpError(404, what, code="model_not_found", param="model")
-        if named:
+        if self._named(model):
             return decision, [a for a in decision.ranked if a.use == model]
         if not ask.value:
             hint = "send x-walras-value (USD per unit of quality), or give the key or the settings one"
@@ -425,16 +436,14 @@ class Calls:
         return [name for name in self.board.models if not self._upstream(name).up]
 
     def _job(self, ask: Ask, use: str) -> Job:
-        call = ask.call
+        call, most = ask.call, self.board.economy.models[use].max_output_tokens
         # What comes in one piece is seen when it is paid for, so all that it may cost is set aside.
         return Job(
             use,
             ask.priced_as,
             self._tariffs[use],
             self.meter.tokens(use, ask.text_bytes),
-            0
-            if call.dialect == "embeddings"
-            else min(call.max_tokens or OUTPUT_CAP, MOST_OUTPUT) * call.choices,
+            0 if ask.kind == "embeddings" else min(call.max_tokens or most, most) * call.choices,
             metered=call.stream,
         )
 
@@ -444,7 +453,11 @@ class Calls:
         ask, failed = run.ask, dict[str, int]()
         last: Failure | RequestError | None = None
         self.board.asked(
-            ask.value, self.meter.tokens(ask.call.model, ask.text_bytes), ask.key.tenant, ask.priced_as
+            ask.value,
+            self.meter.tokens(ask.call.model, ask.text_bytes),
+            ask.key.tenant,
+            ask.priced_as,
+            ask.kind,
         )
         while True:
             run.decision, open_to = await self._decide(ask, failed)
@@ -464,9 +477,13 @@ class Calls:
                 return
             except RequestError as error:  # this model's API has no place for it; another's may
                 last, failed[use] = last or error, TRIES
+                if run.trace is not None:
+                    run.trace.failed(error)
                 await self._release(attempt)
             except Failure as failure:
                 last = failure
+                if run.trace is not None:
+                    run.trace.failed(failure)
                 failed[use] = failed.get(use, 0) + 1
                 self.metrics.count("attempts", attempt.upstream, failure.reason)
                 await (self._cap(attempt) if failure.charged else self._release(attempt))
@@ -508,7 +525,7 @@ class Calls:
     def _none_open(self, ask: Ask, decision: Decision | None) -> HttpError:
         """Of the uses that were asked for none is worth its price, or up, or fast enough, or allowed."""
         named = self._named(ask.call.model)
-        wanted = {ask.call.model} if named else set(self.board.models)
+        wanted = {ask.call.model} if named else set(self.board.of(ask.kind))
         who = f"'{ask.call.model}'" if named else "all models"
         if decision is not None and decision.ranked and not named:
             best = decision.ranked[0]
@@ -546,14 +563,17 @@ class Calls:
         await self._hold(run, money.reserved_nano)
         self.metrics.observe("own_seconds", ask.elapsed)
         run.began = time.perf_counter()
+        traceparent = () if run.trace is None else run.trace.asking(attempt) or ()
         attempt.asked = True
         try:
             answer = run.answer = await self._upstream(attempt.use).ask(
                 ask.call,
                 attempt.use,
                 Stamp(ask.request_id, ask.at_ns // 1_000_000_000, attempt.use),
-                max_tokens=money.max_tokens or None,
+                # It is the cap of each choice.
+                max_tokens=max(money.max_tokens // ask.call.choices, 1) if money.max_tokens else None,
                 within_s=None if ask.deadline is None else ask.deadline - ask.elapsed,
+                headers=traceparent,
             )
         except RequestError:
             attempt.asked = False
@@ -570,6 +590,8 @@ class Calls:
     async def _whole(self, run: Run, attempt: Attempt, answer: Answer) -> None:
         reply = answer.reply
         assert reply is not None
+        if run.trace is not None:
+            run.trace.answered(answer)
         ask = run.ask
         usage = self._believed(ask, attempt, reply.usage)
         told = Told("ok", "exact" if usage else "estimated", 200, usage, answer.first_byte_s)
@@ -615,6 +637,8 @@ class Calls:
                 raise
             self.metrics.count("attempts", answer.upstream, failure.reason)
             told.status, told.settled = "error", "cap"
+            if run.trace is not None:
+                run.trace.failed(failure)
             await self._last(run, attempt, answer, told, answer.fail(failure), metered)
             return
         if told.status == "cut":
@@ -628,6 +652,8 @@ class Calls:
         run.ending = True
         stream, request = answer.stream, run.request
         assert stream is not None
+        if run.trace is not None:
+            run.trace.answered(answer)
         told.usage = self._believed(run.ask, attempt, stream.usage)
         if told.usage is not None:
             told.settled = "exact"
@@ -664,7 +690,7 @@ class Calls:
         """What an upstream counted, unless it cannot be: more output than asked for, more prompt than was sent."""
         if usage is None:
             return None
-        most = 2 * attempt.money.max_tokens + RUNAWAY if ask.call.dialect != "embeddings" else 0
+        most = 2 * attempt.money.max_tokens + RUNAWAY if ask.kind == "chat" else 0
         return None if usage.completion > most or usage.prompt > ask.text_bytes + UNSEEN else usage
 
     def _reasoned(self, use: str, pieces: int, characters: int, told: Told) -> None:
@@ -692,7 +718,8 @@ class Calls:
             return
         ticket, amount = attempt.writing
         try:
-            await self.store.written(ticket)
+            if not ticket.done or ticket.error is not None:
+                await self.store.written(ticket)
         finally:  # it may be written even if this was cancelled
             if ticket.done:
                 attempt.writing = None
@@ -721,6 +748,8 @@ class Calls:
         run.ending = True
         entry = self._entry(run, told)
         run.written = True
+        if run.trace is not None:
+            run.trace.entry = entry
         await self.books.close(entry)
         self._count(run, entry)
 
@@ -729,7 +758,8 @@ class Calls:
         usage, seconds = told.usage, ask.elapsed
         charged, reserved = sum(a.charged for a in run.attempts), sum(a.held for a in run.attempts)
         quality = self.board.expected(use, ask.priced_as).quality if use is not None else None
-        delay = 0 if use is None else priced(seconds, self.board.delay_price(ask.key.tenant, ask.priced_as))
+        delay_price = self.board.delay_price(ask.key.tenant, ask.priced_as, ask.kind)
+        delay = 0 if use is None else priced(seconds, delay_price)
         return Entry(
             request_id=ask.request_id,
             at_ns=ask.at_ns,
@@ -830,16 +860,15 @@ def _unwritable() -> HttpError:
 
 
 def _written(a: Alternative) -> Written:
-    priced(1.0, abs(a.value) + abs(a.compute) + abs(a.latency) + abs(a.risk))  # raises where one is no amount
     value, compute = round(a.value * NANO_PER_USD), round(a.compute * NANO_PER_USD)
     latency, risk = round(a.latency * NANO_PER_USD), round(a.risk * NANO_PER_USD)
     return Written(a.use, value, compute, latency, risk, value - compute - latency - risk)
 
 
 def _dearest(prices: TokenPrices) -> Tariff:
-    """The most a token can be billed, whatever its kind."""
+    """The most a token can be billed, whatever its kind, and what a request costs besides."""
     inputs = (prices.input, prices.cached_input or 0, prices.cache_write or 0)
-    return Tariff(max(inputs), max(prices.output, prices.reasoning or 0))
+    return Tariff(max(inputs), max(prices.output, prices.reasoning or 0), prices.request_nano)
 
 
 def _amount(request: Request, name: bytes, most: float = math.inf) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -36,6 +36,12 @@ def usage_of(table: object) -> Usage | None:
         (reasoning,) = counts(table.get("completion_tokens_details"), "reasoning_tokens")
     except ValueError:
         return None
+    return _split(prompt, completion, total, cached, written, reasoning)
+
+
+def _split(
+    prompt: int, completion: int, total: int, cached: int, written: int, reasoning: int
+) -> Usage | None:
     beyond = max(0, total - prompt - completion)
     inside = 0 if beyond and beyond >= reasoning else reasoning
     if cached + written > prompt or inside > completion:
@@ -130,6 +136,62 @@ def _pieces(choice: _Choice, said: _Said) -> Iterable[Piece]:
             yield Piece("args", function["arguments"], index)
     if choice.finish_reason:
         yield Piece("finish", choice.finish_reason)
+
+
+Whole = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Prompted(msgspec.Struct):
+    cached_tokens: Whole | None = None
+    cache_write_tokens: Whole | None = None
+
+
+class _Completed(msgspec.Struct):
+    reasoning_tokens: Whole | None = None
+
+
+class _Counted(msgspec.Struct):
+    prompt_tokens: Whole
+    completion_tokens: Whole
+    total_tokens: Whole | None = None
+    prompt_tokens_details: _Prompted | None = None
+    completion_tokens_details: _Completed | None = None
+
+
+class _Ended(msgspec.Struct):
+    message: dict[str, msgspec.Raw]
+    finish_reason: str | None = None
+
+
+class _Whole(msgspec.Struct):
+    choices: Annotated[list[_Ended], msgspec.Meta(min_length=1)]
+    usage: _Counted
+
+
+_decode_whole = msgspec.json.Decoder(_Whole).decode
+
+
+def counted(body: bytes) -> tuple[Usage, str] | None:
+    """Usage and reason to finish of a whole answer with the usual usage, whose pieces nobody asks for; None of any other."""
+    try:
+        read = _decode_whole(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    said = read.usage
+    prompt, completed = (
+        said.prompt_tokens_details or _Prompted(),
+        said.completion_tokens_details or _Completed(),
+    )
+    usage = _split(
+        said.prompt_tokens,
+        said.completion_tokens,
+        said.total_tokens or 0,
+        prompt.cached_tokens or 0,
+        prompt.cache_write_tokens or 0,
+        completed.reasoning_tokens or 0,
+    )
+    finish = next((c.finish_reason for c in read.choices if c.finish_reason), "stop")
+    return None if usage is None else (usage, finish)
 
 
 def reply(body: bytes) -> list[list[Piece]]:

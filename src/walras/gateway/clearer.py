@@ -25,9 +25,14 @@ LINE = 64 * 1024 * 1024
 
 
 def clear(economy: Economy, asked: Sequence[Asked], known: Known, start: Sequence[float]) -> dict[str, Any]:
-    """Prices of the settings' limits over these requests, with their certificate; or the problem."""
+    """Prices of the settings' limits over these requests, with their certificate; or the problem. A request to which no model is
+    open was refused whatever the prices, and has no part in them."""
     from walras.market.shadow import discover  # noqa: PLC0415 - the serving process imports this module, not the solver
 
+    open_to = uses_of(economy, asked, known).allowed.any(axis=1)
+    asked = [asked[k] for k in np.flatnonzero(open_to).tolist()]
+    if not asked:
+        return {"problem": "no model is open to any of the latest requests"}
     rows = economy.constraints({})
     try:
         found = discover(
@@ -86,7 +91,7 @@ class Clearer:
         process = self._process or await self._start()
         before = board.standing
         question = {
-            "asked": [(a.value, a.tokens, a.tenant, a.task_class) for a in asked],
+            "asked": [(a.value, a.tokens, a.tenant, a.task_class, a.kind) for a in asked],
             "known": [(model, c, list(asdict(e).values())) for (model, c), e in known.items()],
             "start": [p.multiplier for p in before.prices.discovered],
         }

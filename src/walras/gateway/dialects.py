@@ -153,7 +153,8 @@ class Reply(msgspec.Struct, frozen=True):
     usage: Usage | None
     """None where the provider gave none, or one that cannot be true."""
     characters: int
-    """Length of all generated text, arguments of tools included: what bounds the usage where it is missing."""
+    """Of all generated text, arguments of tools included, or more than these: what bounds the usage where it cannot be
+    believed."""
     finish: str
     """Why generation ended, in the words of chat completions."""
 
@@ -166,6 +167,8 @@ def translate_reply(call: Call, spoken: Spoken, body: bytes, stamp: Stamp) -> Re
     """
     if call.dialect == "embeddings":
         return Reply(body, chat.embeddings_usage(body), 0, "stop")
+    if call.dialect == spoken == "chat" and (counted := chat.counted(body)) is not None:
+        return Reply(body, counted[0], len(body), counted[1])
     choices = chat.reply(body) if spoken == "chat" else [messages.reply(body)]
     pieces = [piece for choice in choices for piece in choice]
     usage = next((p.usage for p in pieces if p.kind == "usage"), None)

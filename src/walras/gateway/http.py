@@ -19,6 +19,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 JSON = (b"content-type", b"application/json")
 EVENTS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
+LEAVE = "walras.leave"
+"""Where in the scope of a request stands what to call when its client leaves."""
 BODY_S = 60.0
 """Most seconds for a request's body to come: a client that drips holds nothing for longer."""
 
@@ -110,6 +112,10 @@ class Request:
                     message = await self.receive()
         except TimeoutError as error:
             raise HttpError(408, f"the body took more than {BODY_S:g} s", code="request_timeout") from error
+
+    def on_leave(self, callback: Callable[[], None]) -> None:
+        """Call this when the client hangs up before its answer is complete: `protocol` does, without a task that waits."""
+        self.scope[LEAVE] = callback
 
     async def hung_up(self) -> None:
         """Return when the client has hung up."""

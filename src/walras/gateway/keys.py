@@ -72,7 +72,12 @@ class Key:
     @property
     def accounts(self) -> tuple[str, str, str]:
         """The escrow accounts its calls draw on."""
-        return f"key:{self.id}", f"tenant:{self.tenant}", "global"
+        return accounts_of(self.id, self.tenant)
+
+
+def accounts_of(key_id: str, tenant: str) -> tuple[str, str, str]:
+    """The escrow accounts of a tenant's key."""
+    return f"key:{key_id}", f"tenant:{tenant}", "global"
 
 
 @dataclass(frozen=True, slots=True)

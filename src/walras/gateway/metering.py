@@ -49,6 +49,8 @@ class Tariff:
 
     input: int
     output: int
+    request_nano: Nano = 0
+    """Besides the tokens."""
 
     @classmethod
     def of(cls, price: TokenPrice) -> Tariff:
@@ -61,11 +63,11 @@ class Tariff:
 
     def cost(self, input_tokens: int, output_tokens: int) -> Nano:
         """At most this, rounded up to whole nano-USD."""
-        return -(-(input_tokens * self.input + output_tokens * self.output) // _PER)
+        return self.request_nano - (-(input_tokens * self.input + output_tokens * self.output) // _PER)
 
     def affordable(self, amount_nano: Nano, input_tokens: int) -> int:
         """Most output tokens with `cost` within the amount; the tariff must charge for output."""
-        return (amount_nano * _PER - input_tokens * self.input) // self.output
+        return ((amount_nano - self.request_nano) * _PER - input_tokens * self.input) // self.output
 
 
 # --- lengths ------------------------------------------------------------------------------------------------------
@@ -242,8 +244,7 @@ class Meter:
 
     def learn(self, use: str, task_class: str, output_tokens: int, *, ended: bool) -> None:
         """How long an answer was; calls of the past may be taught at start. `ended` as for `Call.settle`."""
-        groups = (self._own(use, task_class), _group(self._uses, use, self._all), self._all)
-        for lengths in dict.fromkeys(groups):
+        for lengths in {self._own(use, task_class), _group(self._uses, use, self._all), self._all}:
             lengths.observe(output_tokens, ended=ended)
 
     def tokens(self, use: str, text_bytes: int) -> int:
@@ -252,8 +253,7 @@ class Meter:
 
     def learn_tokens(self, use: str, text_bytes: int, tokens: int) -> None:
         """What an upstream counted for a text."""
-        own = _group(self._texts, use, self._bytes)
-        for lengths in dict.fromkeys((own, self._bytes)):
+        for lengths in {_group(self._texts, use, self._bytes), self._bytes}:
             lengths.observe(-(-tokens * _PER_KB // max(text_bytes, _SHORT)), ended=True)
 
     async def open(self, accounts: Sequence[str], job: Job, now_ns: int) -> Call | Refused:

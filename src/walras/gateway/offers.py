@@ -10,7 +10,7 @@ import numpy as np
 
 from walras.errors import SettingsError
 from walras.quantities import Labels, Tasks, Uses
-from walras.settings import Economy, ModelSettings
+from walras.settings import Economy, Kind, ModelSettings
 
 MTOK = 1_000_000
 """Prices of tokens are per million of them."""
@@ -30,6 +30,8 @@ class Asked:
     """Of the prompt."""
     tenant: str
     task_class: str
+    kind: Kind = "chat"
+    """Of the models it is open to."""
 
 
 @dataclass(slots=True)
@@ -62,7 +64,8 @@ def expected(economy: Economy, known: Known, model: str, task_class: str) -> Exp
         return found
     settings = economy.models[model]
     quality = settings.quality_by_class.get(task_class, settings.quality)
-    return Experience(quality, settings.output_tokens, settings.seconds, PRIOR)
+    made = settings.output_tokens if settings.kind == "chat" else 0.0
+    return Experience(quality, made, settings.seconds, PRIOR)
 
 
 def tasks_of(economy: Economy, asked: Sequence[Asked]) -> Tasks:
@@ -84,7 +87,7 @@ def tasks_of(economy: Economy, asked: Sequence[Asked]) -> Tasks:
 
 
 def uses_of(economy: Economy, asked: Sequence[Asked], known: Known) -> Uses:
-    """What each model would give and take on N requests, (N, I).
+    """What each model would give and take on N requests, (N, I); models of another kind are not open to a request.
 
     Raises:
         SettingsError: an absolute rule names a model that is not there.
@@ -101,19 +104,20 @@ def uses_of(economy: Economy, asked: Sequence[Asked], known: Known) -> Uses:
         table = [[of(e, m) for e, m in zip(rows[c], models, strict=True)] for c in classes]
         return np.array(table)[at]
 
-    fixed = column(lambda e, m: e.output_tokens * m.output_usd / MTOK)
+    fixed = column(lambda e, m: e.output_tokens * m.output_usd / MTOK + m.request_usd)
     usd = fixed + tokens[:, None] * np.array([m.input_usd for m in models]) / MTOK
     labels = _labels([a.tenant for a in asked]), _labels([a.task_class for a in asked])
     for kind, group, model in economy.forbidden_models():
         if model not in names:
             raise SettingsError(f"there is no model '{model}'", key=f"{kind}.{group}.forbidden_models")
+    suited = np.array([a.kind for a in asked])[:, None] == np.array([m.kind for m in models])
     return Uses(
         names=names,
         quality=column(lambda e, _: min(max(e.quality, 0.0), 1.0)),
         amounts=usd[:, :, None],
         seconds=column(lambda e, _: e.seconds),
         risk=column(lambda _, m: m.risk_usd),
-        allowed=~economy.forbidden(names, len(asked), *labels),
+        allowed=suited & ~economy.forbidden(names, len(asked), *labels),
     )
 
 

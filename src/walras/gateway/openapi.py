@@ -49,6 +49,11 @@ def _header(name: str, what: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "in": "header", "required": False, "description": what, "schema": schema}
 
 
+def _choice(name: str, what: str, *values: str) -> dict[str, Any]:
+    schema = {**_TEXT, "enum": list(values)}
+    return {"name": name, "in": "query", "required": False, "description": what, "schema": schema}
+
+
 _CALL_HEADERS = (
     _header(
         "x-walras-value",
@@ -140,6 +145,8 @@ OPENAPI: dict[str, Any] = {
                         "required": False,
                         "schema": {"type": "integer", "minimum": 1, "maximum": 500},
                     },
+                    _choice("settled", "How its charge is known", "exact", "estimated", "cap", "none"),
+                    _choice("reconciled", "Whether somebody has said what it cost", "true", "false"),
                 ),
             )
         },
@@ -153,6 +160,20 @@ OPENAPI: dict[str, Any] = {
                         "request_id": _TEXT,
                         "quality": {**_NUMBER, "minimum": 0, "maximum": 1},
                         "loss_usd": _AMOUNT,
+                        "source": {**_TEXT, "maxLength": 256},
+                    },
+                },
+            )
+        },
+        "/v1/reconcile": {
+            "post": _operation(
+                "What a request cost that was settled at its cap, or estimated; needs scope admin",
+                body={
+                    "type": "object",
+                    "required": ["request_id", "charged_usd"],
+                    "properties": {
+                        "request_id": _TEXT,
+                        "charged_usd": {**_NUMBER, "minimum": 0, "exclusiveMaximum": 9e9},
                         "source": {**_TEXT, "maxLength": 256},
                     },
                 },

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from walras.gateway.http import BODY_S
+from walras.gateway.http import BODY_S, LEAVE, Scope
 
 HEAD_S = 20.0
 """Most seconds from a connection's or request's first byte to the end of its head."""
@@ -46,6 +46,9 @@ class Protocol(HttpToolsProtocol):
         if running is not None and not running.response_complete:
             running.disconnected = True
             running.message_event.set()
+            leave = cast(Scope, running.scope).get(LEAVE)
+            if leave is not None:
+                leave()
         self._running = None
         self.pipeline.clear()
 

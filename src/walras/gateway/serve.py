@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
 import signal
 import socket
 import time
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -26,11 +27,15 @@ from walras.gateway.keys import Key, KeyStore
 from walras.gateway.metering import Meter
 from walras.gateway.metrics import Metrics
 from walras.gateway.protocol import Protocol, sweep
-from walras.gateway.simulated import MODELS, SimulatedTransport
+from walras.gateway.simulated import EMBEDDING, MODELS, SimulatedTransport
 from walras.gateway.transport import HttpTransport, Timeouts, Transport
 from walras.gateway.upstream import Served, TokenPrices, Upstream, UpstreamSettings
-from walras.ledger import Row, Store, nano, open_store, recover
+from walras.gateway.warm import warm
+from walras.ledger import Store, nano, open_store, recover
 from walras.settings import Economy, ModelSettings
+
+if TYPE_CHECKING:
+    from walras.gateway.tracing import Tracer
 
 DRAIN_S = 30
 """Most seconds that calls under way are waited for when the service stops."""
@@ -48,7 +53,7 @@ def demo_economy(base: Economy) -> Economy:
     """The settings with SIMULATED providers where they name no models, and a worth where they name none."""
     if base.models or base.upstreams:  # a file that means to serve must not be answered by simulations
         return base
-    models = {
+    models: dict[str, dict[str, Any]] = {
         m.name: {
             "upstream": "simulated",
             "input_usd": m.prices.input / MEGA,
@@ -59,6 +64,13 @@ def demo_economy(base: Economy) -> Economy:
             "seconds": round(m.first_byte_s + m.token_s * m.tokens, 2),
         }
         for m in MODELS
+    }
+    models[EMBEDDING.name] = {
+        "upstream": "simulated",
+        "kind": "embeddings",
+        "input_usd": EMBEDDING.prices.input / MEGA,
+        "output_usd": 0,
+        "seconds": EMBEDDING.first_byte_s,
     }
     data = base.model_dump() | {"models": models, "upstreams": {"simulated": {"kind": "simulated"}}}
     if base.value is None:
@@ -75,13 +87,14 @@ def build_upstreams(economy: Economy, transport: Transport, simulated: Transport
     found = {}
     for name, table in economy.upstreams.items():
         own = {m: s for m, s in economy.models.items() if s.upstream == name}
-        url = table.base_url or "http://simulated.invalid/v1"
+        url = "http://simulated.invalid/v1" if table.kind == "simulated" else table.base_url
         timeouts = Timeouts(table.connect_s, table.first_byte_s, table.idle_s, table.total_s)
         settings = UpstreamSettings(
             name=name,
             kind=table.kind,
             models=tuple(_served(m, s) for m, s in own.items()),
-            base_url=url,
+            base_url=url or "",
+            regions=table.regions,
             key_variables=table.key_env,
             timeouts=timeouts,
         )
@@ -90,11 +103,16 @@ def build_upstreams(economy: Economy, transport: Transport, simulated: Transport
 
 
 def _served(name: str, model: ModelSettings) -> Served:
-    cached = model.input_usd if model.cached_input_usd is None else model.cached_input_usd
+    def mega(price: float | None) -> int | None:
+        return None if price is None else round(price * MEGA)
+
     prices = TokenPrices(
         input=round(model.input_usd * MEGA),
         output=round(model.output_usd * MEGA),
-        cached_input=round(cached * MEGA),
+        cached_input=mega(model.cached_input_usd),
+        cache_write=mega(model.cache_write_usd),
+        reasoning=mega(model.reasoning_usd),
+        request_nano=nano(model.request_usd),
     )
     return Served(name=name, prices=prices, upstream_model=model.upstream_model or "")
 
@@ -123,6 +141,8 @@ class Service:
         await self.transport.aclose()
         await asyncio.to_thread(self.store.stop)
         self.keys.close()
+        if calls.tracer is not None:
+            await asyncio.to_thread(calls.tracer.close)
         if owed:
             raise OutputError(
                 f"{owed} entries could not be written; the next start settles them at their caps"
@@ -144,20 +164,36 @@ def open_service(
     board, metrics, escrow = Board(economy), Metrics(), LocalEscrow()
     transport = HttpTransport()
     upstreams = build_upstreams(economy, transport, SimulatedTransport())
-    store = open_store(ledger or data / "ledger.sqlite")
+    tracer = _tracer(upstreams)
+    store = open_store(
+        ledger or data / "ledger.sqlite", durable=__import__("os").environ.get("DUR", "journal")
+    )
     try:
         recover(store)
         keys = KeyStore(data / "keys.sqlite", _Budgets(economy, escrow, store))
     except BaseException:
         store.stop()
         raise
-    _remember(board, store.entries(None, economy.gateway.window, newest=True))
     board.watch(
         lambda s: metrics.prices(s.version, [(p.constraint.name, p.multiplier) for p in s.prices.discovered])
     )
     calls = Calls(board, Meter(escrow), escrow, store, upstreams, metrics, _read_menu(menu))
+    warm(calls, store, economy.gateway.window)
+    calls.tracer = tracer
     gateway = Gateway(board, calls, keys, store, escrow, metrics)
     return Service(economy, gateway, keys, store, transport, Clearer(board))
+
+
+def _tracer(upstreams: dict[str, Upstream]) -> Tracer | None:
+    """Where OpenTelemetry's own variables name a collector, spans are sent there."""
+    said = os.environ.get
+    collector = said("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or said("OTEL_EXPORTER_OTLP_ENDPOINT")
+    off = said("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    if not collector or off or said("OTEL_TRACES_EXPORTER", "otlp").strip() == "none":
+        return None
+    from walras.gateway.tracing import Tracer  # noqa: PLC0415 - an extra
+
+    return Tracer(upstreams)
 
 
 class _Budgets:
@@ -184,14 +220,6 @@ class _Budgets:
             self._known.add(account)
             start, _ = period_of(period, now)
             self._escrow.load(account, now, self._store.spent(start, **where))
-
-
-def _remember(board: Board, newest_first: list[Row]) -> None:
-    """Prices begin from what was asked before the service was started."""
-    for row in reversed(newest_first):
-        e = row.entry
-        if e.status != "unknown":
-            board.asked(e.value_usd, float(e.input_tokens or 0), e.tenant, e.task_class or "")
 
 
 def _read_menu(path: Path | None) -> dict[str, Any] | None:

@@ -79,7 +79,7 @@ MODELS = (
     ),
 )  # fmt: skip
 EMBEDDING = Served(
-    name="simulated-embedding", prices=TokenPrices(input=20_000_000, output=0), first_byte_s=0.05
+    name="simulated-embeddings", prices=TokenPrices(input=20_000_000, output=0), first_byte_s=0.05
 )
 TAIL = 1.0
 """σ of the lognormal law of lengths: the mean is 1.6 medians, one answer in a hundred is longer than 10."""

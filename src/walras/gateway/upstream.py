@@ -619,7 +619,7 @@ class Upstream:
         return await asyncio.gather(*(self._check(route) for route in self._routes))
 
     async def _check(self, route: _Route) -> tuple[str, str]:
-        label = f"{route.region or 'default'}, key {route.key}" if route.key else route.region or "default"
+        label = ", ".join([route.region or "default", *([self._key_name(route.key)] if route.key else [])])
         timeouts = self.settings.timeouts
         request = Request(
             route.endpoints["models"], b"", Timeouts(timeouts.connect, 10.0, 10.0, 15.0), resend=True
@@ -630,6 +630,11 @@ class Upstream:
         except TransportError as error:
             return label, str(error)
         return label, "" if response.status == 200 else f"answers with HTTP status {response.status}"
+
+    def _key_name(self, number: int) -> str:
+        """How the settings call a key."""
+        of_variable = number - 1 - len(self.settings.keys)
+        return f"key {number}" if of_variable < 0 else self.settings.key_variables[of_variable]
 
     def note_pace(self, model: str, first_byte_s: float | None, seconds: float, usage: Usage | None) -> None:
         """Learns from a complete answer what the next will take."""

@@ -11,14 +11,14 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from walras.errors import OutputError, RecordError, SettingsError, WalrasError
 from walras.ledger import sql
 from walras.ledger.entry import Correction, Entry, Hold, Outcome, Record
-from walras.ledger.writer import HEALTHY, Refused, State, Unwritable, Writer
+from walras.ledger.writer import HEALTHY, Durable, Refused, State, Unwritable, Writer
 
 try:
     import psycopg
@@ -86,7 +86,7 @@ class PostgresStore(sql.SqlStore):
     """See `store.Store`.
 
     Args:
-        durable: "full" insists on the server's `synchronous_commit`; "normal" leaves it as the server has it.
+        durable: "full" insists on the server's `synchronous_commit`; the others leave it as the server has it.
         read_only: only look.
 
     Raises:
@@ -95,9 +95,7 @@ class PostgresStore(sql.SqlStore):
         OutputError: the server cannot be reached, or does not let us write.
     """
 
-    def __init__(
-        self, url: str, *, durable: Literal["normal", "full"] = "normal", read_only: bool = False
-    ) -> None:
+    def __init__(self, url: str, *, durable: Durable = "normal", read_only: bool = False) -> None:
         self._url = url
         self._idle: list[psycopg.Connection[Any]] = []
         self._backend = _Backend(url, durable)

@@ -106,12 +106,18 @@ class Filter(msgspec.Struct, frozen=True):
     since_ns: int | None = None
     until_ns: int | None = None
     """Before this."""
+    reconciled: bool | None = None
+    """Whether somebody has said what it really cost."""
 
     def where(self) -> tuple[str, list[Any]]:
         """SQL and its parameters; begins with AND where there is anything."""
         given = {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not None}
+        reconciled = given.pop("reconciled", None)
         bounds = {"since_ns": "at_ns >= ?", "until_ns": "at_ns < ?"}
         sql = "".join(f" AND e.{bounds.get(name, f'{name} = ?')}" for name in given)
+        if reconciled is not None:
+            any_ = "EXISTS" if reconciled else "NOT EXISTS"
+            sql += f" AND {any_} (SELECT 1 FROM corrections k WHERE k.request_id = e.request_id)"
         return sql, list(given.values())
 
 

@@ -2,27 +2,30 @@
 
 What is acknowledged survives the death of the process. With `durable="normal"` it is in the operating system's hands,
 so a power cut may take what the last checkpoint has not synced (at most some megabytes of the newest rows; the file stays
-whole); with "full" every commit is synced first.
+whole); with "full" every commit is synced first. With "journal" a hold or an entry is acknowledged as soon as it is in a file in
+memory (`ledger.journal`), which is as safe as "normal" and waits for nobody; one that contradicts the ledger is then logged.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import chain
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from walras.errors import OutputError, RecordError, WalrasError
 from walras.ledger import sql
 from walras.ledger.entry import Correction, Entry, Hold, Outcome, Record
-from walras.ledger.writer import HEALTHY, Refused, State, Unwritable, Writer
+from walras.ledger.journal import Journal, left
+from walras.ledger.writer import HEALTHY, Durable, Refused, State, Unwritable, Writer
 
 MIGRATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
@@ -71,7 +74,8 @@ WAL_BYTES = 64 << 20
 
 
 class SqliteStore(sql.SqlStore):
-    """See `store.Store`. The folder must be on a local disk; `PATH-lock` beside the file keeps second writers out.
+    """See `store.Store`. The folder must be on a local disk; `PATH-lock` beside the file keeps second writers out, and
+    `PATH-ahead` holds what is acknowledged and not in the file yet.
 
     Args:
         read_only: only look; several processes may, also while another one writes.
@@ -82,16 +86,17 @@ class SqliteStore(sql.SqlStore):
             and its state says so.
     """
 
-    def __init__(
-        self, path: Path | str, *, durable: Literal["normal", "full"] = "normal", read_only: bool = False
-    ) -> None:
+    def __init__(self, path: Path | str, *, durable: Durable = "normal", read_only: bool = False) -> None:
         self.path = Path(path)
         self._idle: list[sqlite3.Connection] = []
         self._backend = _Backend(self.path, durable)
         self._orphans: set[str] = set()
+        self._ahead = self.path.with_name(self.path.name + "-ahead")
         if read_only:
             if not self.path.exists():
                 raise RecordError("no such ledger", path=self.path)
+            if left(self._ahead) and _alone(self.path):
+                SqliteStore(self.path).stop()
             with self.snapshot() as query:
                 _version(query, self.path)
             return
@@ -101,23 +106,48 @@ class SqliteStore(sql.SqlStore):
             self._backend.shut()
             raise
         self._writer = Writer(self._backend, state)
+        try:
+            self._catch_up()
+            if durable == "journal" and state is HEALTHY:
+                with suppress(OSError):  # where there can be no journal, each record waits for its commit
+                    self._writer.keep_in(Journal(self._ahead))
+            if self.path.exists():
+                # Nobody else writes, and we have not begun to: what is open now has lost its process.
+                self._orphans = {hold.request_id for hold in self.open_holds()}
+        except BaseException:
+            self._writer.stop()
+            raise
 
     def _begin(self) -> State:
+        """Whether it can be written."""
         try:
             self._backend.connected()
             state = HEALTHY
         except Unwritable as why:
             state = why.state
-        try:
-            if state.name != "failed" and self.path.exists():
-                # Nobody else writes, and we have not begun to: what is open now has lost its process.
-                self._orphans = {hold.request_id for hold in self.open_holds()}
-                return state
-        except RecordError as error:
-            if state is HEALTHY:
-                raise
-            raise OutputError(state.sentence) from error  # on a full disk, SQLite cannot even begin to read
-        raise OutputError(state.sentence)
+        if state.name == "failed" or not self.path.exists():
+            raise OutputError(state.sentence)
+        if state is not HEALTHY:
+            try:
+                self.open_holds()
+            except RecordError as error:  # on a full disk, SQLite cannot even begin to read
+                raise OutputError(state.sentence) from error
+        return state
+
+    def _catch_up(self) -> None:
+        """Write what a process that died had acknowledged.
+
+        Raises:
+            OutputError: it cannot be written now. It stays where it is.
+        """
+        assert self._writer is not None
+        for ticket in [self._writer.submit(record) for record in left(self._ahead)]:
+            try:
+                ticket.wait()
+            except RecordError as error:
+                logging.getLogger("walras.ledger").error("%s", error)
+        if self._writer.state is HEALTHY:
+            self._ahead.unlink(missing_ok=True)
 
     def orphans(self) -> list[Hold]:
         return [hold for hold in self.open_holds() if hold.request_id in self._orphans]
@@ -130,6 +160,8 @@ class SqliteStore(sql.SqlStore):
 
     @contextmanager
     def snapshot(self) -> Iterator[sql.Query]:
+        if self._writer is not None:
+            self._writer.flush()
         try:
             db = self._idle.pop()
         except IndexError:
@@ -177,7 +209,7 @@ class SqliteStore(sql.SqlStore):
 class _Backend:
     """The writing connection, used by one thread at a time: whoever opens the store, then its writer."""
 
-    def __init__(self, path: Path, durable: str) -> None:
+    def __init__(self, path: Path, durable: Durable) -> None:
         self.path, self._durable = path, durable
         self._lock: sqlite3.Connection | None = None
         self._db: sqlite3.Connection | None = None
@@ -307,11 +339,20 @@ def _only_writer(path: Path) -> sqlite3.Connection:
     return lock
 
 
-def _writer(path: Path, durable: str) -> sqlite3.Connection:
+def _alone(path: Path) -> bool:
+    """Whether nobody writes it, and we could."""
+    try:
+        _only_writer(path).close()
+    except sqlite3.Error:
+        return False
+    return True
+
+
+def _writer(path: Path, durable: Durable) -> sqlite3.Connection:
     db = sqlite3.connect(path, isolation_level=None, timeout=BUSY_S, check_same_thread=False)
     try:
         db.execute("PRAGMA journal_mode = WAL")
-        db.execute(f"PRAGMA synchronous = {durable}")
+        db.execute(f"PRAGMA synchronous = {'full' if durable == 'full' else 'normal'}")
         db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
         _migrate(db, path)
     except BaseException:

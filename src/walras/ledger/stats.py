@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from walras.ledger.money import Nano
-from walras.ledger.sql import Query
+from walras.ledger.sql import Filter, Query
 from walras.ledger.store import Store
 
 
@@ -24,6 +24,10 @@ class Stats:
     by_use: dict[str, tuple[int, Nano]]
     outcomes: int
     corrections: int
+    to_reconcile: int
+    """Settled at the cap, and corrected by nobody yet."""
+    to_reconcile_nano: Nano
+    """What they were charged."""
     open_holds: int
     retired: int
     size_bytes: int
@@ -35,6 +39,8 @@ def stats(store: Store) -> Stats:
         entries, first, last, charged = query(
             "SELECT count(*), min(at_ns), max(at_ns), sum(charged_nano) FROM entries"
         )[0]
+        where, values = Filter(settled="cap", reconciled=False).where()
+        guessed = query(f"SELECT count(*), sum(e.charged_nano) FROM entries e WHERE 1 = 1{where}", values)[0]
         return Stats(
             entries=entries,
             first_ns=first,
@@ -46,6 +52,8 @@ def stats(store: Store) -> Stats:
             by_use=_dearest(query, "use"),
             outcomes=query("SELECT count(*) FROM outcomes")[0][0],
             corrections=query("SELECT count(*) FROM corrections")[0][0],
+            to_reconcile=guessed[0],
+            to_reconcile_nano=int(guessed[1] or 0),
             open_holds=query("SELECT count(*) FROM holds WHERE closed = 0")[0][0],
             retired=int(query("SELECT coalesce(sum(entries), 0) FROM retired")[0][0]),
             size_bytes=store.size(),

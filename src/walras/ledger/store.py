@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from walras.ledger.entry import Correction, Entry, Hold, Outcome
 from walras.ledger.money import Nano
 from walras.ledger.sql import ALL, Filter, Query, Row
 from walras.ledger.sqlite import SqliteStore
-from walras.ledger.writer import State, Ticket
+from walras.ledger.writer import Durable, State, Ticket
 
 LEDGER = "WALRAS_LEDGER"
 """Environment variable with the URL of a ledger. It may hold a password, and everybody on a machine sees arguments."""
@@ -80,9 +80,7 @@ class Store(Protocol):
         """Write what is queued, and close."""
 
 
-def open_store(
-    url: str | Path, *, durable: Literal["normal", "full"] = "normal", read_only: bool = False
-) -> Store:
+def open_store(url: str | Path, *, durable: Durable = "normal", read_only: bool = False) -> Store:
     """`postgresql://…`, or the path of a SQLite file, made if there is none. See `SqliteStore`, `PostgresStore`."""
     if str(url).startswith(("postgresql://", "postgres://")):
         from walras.ledger.postgres import PostgresStore  # noqa: PLC0415 - an extra

@@ -1,23 +1,29 @@
 """Group commit: one thread writes whatever has come in since its last commit as one transaction.
 
-With little to do, a record is written at once; under load, batches grow by themselves. Nothing waits on a timer. What one
-round of an event loop submits is handed over together: to wake the thread for each record would cost more than to write it.
+With little to do, a record is written at once; under load, batches grow by themselves. What one round of an event loop submits
+is handed over together: to wake the thread for each record would cost more than to write it. What a journal has made safe
+already waits for some company.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from queue import Empty, SimpleQueue
 from typing import Literal, NamedTuple, Protocol
 
 from walras.errors import OutputError, WalrasError
 from walras.ledger.entry import Record
+from walras.ledger.journal import Journal
 
+Durable = Literal["journal", "normal", "full"]
+"""When a record is acknowledged; see the stores."""
 MOST = 1024
 """Records at which a transaction takes no more: that would gain nothing and make the first ones wait."""
+GATHER_S = 0.005
+"""Seconds for which records that nobody waits for are gathered."""
 PROBE_S = 0.25
 """Seconds between tries to write while writing fails and nobody asks for it."""
 
@@ -63,18 +69,22 @@ class Backend(Protocol):
 class Ticket:
     """A record on its way to the ledger."""
 
-    __slots__ = ("_hand_over", "done", "error", "record", "waiters")
+    __slots__ = ("_hurry", "done", "error", "record", "safe", "waiters")
 
-    def __init__(self, record: Record, hand_over: Callable[[], None]) -> None:
+    def __init__(self, record: Record | None, hurry: Callable[[], None]) -> None:
         self.record = record
-        self._hand_over = hand_over
+        """None: only what was submitted before it is waited for."""
+        self._hurry = hurry
+        self.safe = False
+        """It is in the journal: done, whenever the database gets it."""
         self.done = False
+        """It is durable, or refused."""
         self.error: WalrasError | None = None
         self.waiters: list[asyncio.Future[None] | threading.Event] = []
 
     def wait(self, seconds: float | None = None) -> None:
         """Block until it is durable. Raises what `written` raises."""
-        self._hand_over()  # the loop that would do it may be the one that this blocks
+        self._hurry()  # the loop that would do it may be the one that this blocks
         event = threading.Event()
         self.waiters.append(event)
         if not self.done and not event.wait(seconds):
@@ -87,81 +97,116 @@ class Ticket:
 
 
 class Writer:
-    """The thread, its queue, and whether writing works."""
+    """The thread, what it is to write, and whether writing works."""
 
     def __init__(self, backend: Backend, state: State) -> None:
         self.state = state
         self._backend = backend
-        self._queue: SimpleQueue[list[Ticket] | None] = SimpleQueue()
+        self._journal: Journal | None = None
         self._submitted: list[Ticket] = []
+        self._lock = threading.Lock()
+        """Of what is submitted, the journal, and the end: nothing is queued behind it, where nobody would answer."""
         self._stopping = False
-        self._ending = threading.Lock()
-        """So that nothing is queued behind the end, where nobody would answer it."""
+        self._work, self._hurried = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="walras-ledger", daemon=True)
         self._thread.start()
 
+    def keep_in(self, journal: Journal) -> None:
+        """From now on, a hold or an entry is acknowledged when it is in the journal."""
+        with self._lock:
+            self._journal = journal
+
     def submit(self, record: Record) -> Ticket:
-        """Queue it; returns at once.
+        """Take it; returns at once.
 
         Raises:
             OutputError: the ledger is closed.
         """
-        ticket = Ticket(record, self._hand_over)
-        with self._ending:
+        ticket = Ticket(record, self._hurried.set)
+        with self._lock:
             if self._stopping:
                 raise OutputError("the ledger is closed; open it again to write")
+            if self._journal is not None:
+                ticket.done = ticket.safe = self._journal.append(record)
+            idle = not self._submitted
             self._submitted.append(ticket)
-        try:
-            asyncio.get_running_loop().call_soon(self._hand_over)
-        except RuntimeError:  # not in a loop
-            self._hand_over()
+        if idle:
+            self._work.set()
+        if not ticket.safe and not self._hurried.is_set():
+            try:
+                asyncio.get_running_loop().call_soon(self._hurried.set)
+            except RuntimeError:  # not in a loop
+                self._hurried.set()
         return ticket
 
-    def _hand_over(self) -> None:
-        """Queue what was submitted since the last time."""
-        if self._submitted:
-            with self._ending:
-                batch, self._submitted = self._submitted, []
-                self._queue.put(batch)
+    def flush(self) -> None:
+        """Block until what is in the journal is in the database, or cannot be written now."""
+        if self._journal is None:
+            return
+        ticket = Ticket(None, self._hurried.set)
+        with self._lock:
+            if self._stopping or self.state is not HEALTHY:
+                return
+            self._submitted.append(ticket)
+        self._work.set()
+        with suppress(OutputError):
+            ticket.wait()
 
     def stop(self) -> None:
-        """Write what is queued, then close."""
-        with self._ending:
-            if not self._stopping:
-                self._stopping = True
-                self._queue.put(self._submitted)
-                self._submitted = []
-                self._queue.put(None)
+        """Write what is left, then close."""
+        with self._lock:
+            self._stopping = True
+        self._hurried.set()
+        self._work.set()
         self._thread.join()
 
     def _run(self) -> None:
+        kept: list[Ticket] = []  # safe in the journal, and still to be written
         while True:
-            batch, last = self._next()
-            if batch:
-                self._resolve(batch, self._attempt([ticket.record for ticket in batch]))
-            elif not last:
+            self._work.wait(None if self.state is HEALTHY and not kept else PROBE_S)
+            self._hurried.wait(GATHER_S)
+            with self._lock:
+                stopping, batch = self._stopping, self._take(kept)
+            if not batch and self.state is not HEALTHY:
                 self._probe()
-            if last:
+            kept = self._write(batch)
+            if self._submitted and not kept:  # what came while something was kept
+                self._work.set()
+            if stopping:
                 break
         self._backend.shut()
         self.state = State("closed", "The ledger is closed.")
+        if self._journal is not None:
+            self._journal.close(empty=not kept)
 
-    def _next(self) -> tuple[list[Ticket], bool]:
-        """What is queued, up to a batch, and whether the end is reached."""
-        batch: list[Ticket] = []
-        wait = None if self.state is HEALTHY else PROBE_S
-        while len(batch) < MOST:
-            try:
-                more = self._queue.get(not batch, wait)
-            except Empty:
-                break
-            if more is None:
-                return batch, True
-            batch += more
-        return batch, False
+    def _take(self, kept: list[Ticket]) -> list[Ticket]:
+        """What is to be written now, with the lock held. While something is kept only that, and what is not safe."""
+        batch = [*kept, *(t for t in self._submitted if not (kept and t.safe))]
+        self._submitted = [t for t in self._submitted if kept and t.safe]
+        self._work.clear()
+        self._hurried.clear()
+        if self._journal is not None and not kept:
+            self._journal.turn()
+        return batch
+
+    def _write(self, batch: list[Ticket]) -> list[Ticket]:
+        """Write and answer; what is safe and could not be written is returned."""
+        for start in range(0, len(batch), MOST):
+            part = batch[start : start + MOST]
+            errors = self._attempt([ticket.record for ticket in part if ticket.record is not None])
+            if self.state is not HEALTHY:
+                rest = batch[start:]
+                failed = [ticket for ticket in rest if not ticket.safe]
+                self._resolve(failed, [OutputError(self.state.sentence) for _ in failed])
+                return [ticket for ticket in rest if ticket.safe]
+            told = iter(errors)
+            self._resolve(part, [None if ticket.record is None else next(told) for ticket in part])
+        if self._journal is not None:
+            self._journal.drained()
+        return []
 
     def _attempt(self, records: Sequence[Record]) -> list[WalrasError | None]:
-        """Write them; a batch that is refused is halved until the culprit stands alone."""
+        """Write them; a batch that is refused is halved until the culprit stands alone. Nothing where nothing could be."""
         try:
             try:
                 errors = self._backend.write(records)
@@ -176,7 +221,7 @@ class Writer:
             self.state = why.state
         except Exception as error:  # a bug must not leave requests waiting for a dead thread
             self.state = _broken(error)
-        return [OutputError(self.state.sentence) for _ in records]
+        return []
 
     def _probe(self) -> None:
         try:
@@ -191,6 +236,10 @@ class Writer:
     def _resolve(batch: Sequence[Ticket], errors: Sequence[WalrasError | None]) -> None:
         waking: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
         for ticket, error in zip(batch, errors, strict=True):
+            if ticket.safe:
+                if error is not None:  # it was acknowledged: nobody waits to hear of it
+                    logging.getLogger("walras.ledger").error("%s", error)
+                continue
             ticket.error = error
             ticket.done = True
             for waiter in ticket.waiters:

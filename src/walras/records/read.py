@@ -92,6 +92,19 @@ def read_records(
         raise RecordError("has no records", path=path, hint="one row per (request, model) is expected")
 
 
+def columns_of(path: Path) -> list[str]:
+    """Names of the columns of a file, as they stand there.
+
+    Raises:
+        RecordError: a file that is not there, empty, or not of a known format.
+    """
+    kind = _format(path)
+    try:
+        return _columns_of(path, kind)
+    except pa.ArrowException as error:
+        raise _translate(path, kind, error, {}) from error
+
+
 def _format(path: Path) -> str:
     if not path.exists():
         raise RecordError("no such file", path=path)

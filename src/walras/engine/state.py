@@ -1,0 +1,198 @@
+"""The state of a replay as plain arrays: a snapshot is a copy, and a branch goes on from it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+NOTHING, DECODING, MIXED = 0, 1, 2
+"""What a worker does until its `end`: nothing, k steps that only decode, or one step that also prefills."""
+CALL, TRANSFER = 0, 1
+"""What becomes due at a later time: a session's next call (a row), or the end of a KV transfer (a slot)."""
+DONE, LOG_FULL, SAMPLES_FULL, SLOTS_FULL = 0, 1, 2, 3
+"""Why a replay stops: nothing left to do by the asked time, or room is needed."""
+
+SETUP = np.dtype(
+    [
+        ("block", np.int64),  # tokens of a KV block
+        ("prefix", np.int64),  # tokens of a chunk that one prefix id names
+        ("per_chunk", np.int64),  # blocks of it
+        ("blocks", np.int64),  # of a worker's memory
+        ("budget", np.int64),  # most new tokens in a step
+        ("most", np.int64),  # most sequences in a step
+        ("chunked", np.bool_),
+        ("caching", np.bool_),
+        ("reserve", np.bool_),  # admit only what fits whole
+        ("ahead", np.bool_),  # a step is composed while the one before it runs
+        ("by_turns", np.bool_),  # round-robin
+        ("by_prefix", np.bool_),  # routing looks at what is in memory
+        ("verified", np.int64),  # new tokens of a decoding sequence in a step: 1 and its drafts
+        ("rate", np.int64),  # a decoding sequence emits rate / unit tokens a step
+        ("unit", np.int64),
+        ("drafting", np.float64),  # seconds of drafting per second of a step that only decodes
+        ("overhead_s", np.float64),
+        ("pair_s", np.float64),
+        ("workers", np.int64),
+        ("prefilling", np.int64),  # workers that only prefill; 0: all do both
+        ("transfer_s", np.float64),
+        ("transfer_token_s", np.float64),
+    ]
+)
+CLOCK = np.dtype(
+    [
+        ("now", np.float64),
+        ("sample", np.float64),  # when the next sample is due
+        ("interval", np.float64),
+        ("intervals", np.int64),  # passed
+        ("next", np.int64),  # place of the next arrival
+        ("spare", np.int64),  # first slot of the spare ones
+        ("live", np.int64),
+        ("due", np.int64),  # entries of the heap of what is due later
+        ("ticket", np.int64),
+        ("turn", np.int64, (2,)),  # of round-robin: over the workers that prefill, over those that decode
+        ("logged", np.int64),
+        ("sampled", np.int64),
+    ]
+)
+WORKER = np.dtype(
+    [
+        ("start", np.float64),
+        ("end", np.float64),  # ∞ where nothing is planned
+        ("kind", np.int64),
+        ("steps", np.int64),  # planned until `end`
+        ("seen", np.float64),  # when the last step began
+        ("fixed_s", np.float64),  # a step that only decodes takes fixed_s + kv_s · KV tokens
+        ("kv_s", np.float64),
+        ("done", np.int64),  # steps with decoding sequences so far
+        ("taken", np.int64),  # the token count up to which a run's blocks are taken
+        ("n", np.int64),  # decoding sequences
+        ("kv", np.int64),  # KV tokens they hold
+        ("running", np.int64),
+        ("first", np.int64),  # of the running, in order of admission; −1: none
+        ("last", np.int64),
+        ("partial", np.int64),  # the sequence whose prompt is not done after this step; −1: none
+        ("prompts", np.int64),  # prompts that this step ends
+        ("waiting", np.int64),
+        ("head", np.int64),
+        ("tail", np.int64),
+        ("held", np.int64),  # finished, with their blocks not yet given back
+        ("held_first", np.int64),
+        ("held_last", np.int64),
+        ("free", np.int64),
+        ("empty", np.int64),
+        ("spare", np.int64),
+        ("link", np.float64),  # when the link to the decoding workers is free
+        ("closed", np.bool_),
+        ("in_flight", np.int64),
+        ("pending", np.int64),  # prompt tokens sent here and not yet computed, as routing saw them
+        ("promised", np.int64),  # blocks of the prompts in flight here, as routing saw them
+        ("output_tokens", np.int64),
+        ("prompt_tokens", np.int64),
+        ("hit_tokens", np.int64),
+        ("preemptions", np.int64),
+        ("finished", np.int64),
+    ]
+)
+SLOT = np.dtype(
+    [
+        ("row", np.int64),  # −1: spare
+        ("worker", np.int64),
+        ("before", np.int64),
+        ("after", np.int64),
+        ("order", np.int64),  # of admission
+        ("lead", np.int64),  # KV tokens less the worker's token count
+        ("finish", np.int64),  # the worker's token count at which it ends
+        ("generated", np.int64),
+        ("computed", np.int64),
+        ("goal", np.int64),
+        ("shared", np.int64),
+        ("run", np.int64),  # what a preempted sequence left in memory
+        ("tag", np.int64),
+        ("whole", np.int64),  # full blocks of it
+        ("hit", np.int64),
+        ("preemptions", np.int64),
+        ("ready", np.bool_),  # its KV came from another worker
+        ("arrived", np.float64),
+        ("queued", np.float64),  # when it came in line
+        ("started", np.float64),
+        ("first", np.float64),
+        ("pending", np.int64),
+        ("promised", np.int64),
+        ("target", np.int64),  # the worker its KV goes to
+        ("origin", np.int64),  # the worker its KV came from
+    ]
+)
+LATER = np.dtype([("time", np.float64), ("ticket", np.int64), ("what", np.int64), ("who", np.int64)])
+FINISH = np.dtype([("key", np.int64), ("slot", np.int64)])
+SERVED = np.dtype(
+    [
+        ("request", np.int64),
+        ("arrival_s", np.float64),
+        ("queue_s", np.float64),
+        ("ttft_s", np.float64),
+        ("tpot_s", np.float64),
+        ("end_s", np.float64),
+        ("cached_tokens", np.int64),
+        ("preemptions", np.int32),
+        ("worker", np.int32),
+        ("prefill_worker", np.int32),
+    ]
+)
+SAMPLE = np.dtype(
+    [
+        ("running", np.int64),
+        ("waiting", np.int64),
+        ("kv_blocks", np.int64),
+        ("output_tokens", np.int64),
+        ("prompt_tokens", np.int64),
+        ("hit_tokens", np.int64),
+        ("preemptions", np.int64),
+        ("finished", np.int64),
+    ]
+)
+
+
+class Columns(NamedTuple):
+    """The requests a replay still needs; never written to, so branches share them."""
+
+    arrival: Any
+    input: Any
+    output: Any
+    offsets: Any
+    ids: Any
+    weight: Any
+    child: Any  # first call that follows this row; −1: none
+    sibling: Any  # next one that follows the same row
+    open: Any  # rows that arrive by themselves, in order
+    number: Any  # place in all that was fed
+    calls: Any  # how many rows follow another one
+
+
+class Tables(NamedTuple):
+    """Step times and routing weights; never written to."""
+
+    dense: Any
+    decode: Any
+    decode_kv: Any
+    mixed: Any
+    mixed_kv: Any
+    routing: Any
+
+
+class State(NamedTuple):
+    """Everything a replay changes."""
+
+    clock: Any
+    workers: Any
+    slots: Any
+    nodes: Any
+    table: Any
+    finish: Any
+    phase: Any
+    prompts: Any
+    later: Any
+    tree: Any
+
+    def copy(self) -> State:
+        return State(*(array.copy() for array in self))
