@@ -116,6 +116,23 @@ def test_a_log_of_records_gives_the_rows_of_a_model(tmp_path: Path) -> None:
         read_trace(path, model="aa")
 
 
+def test_rows_that_were_not_chosen_may_lack_anything(tmp_path: Path) -> None:
+    unchosen = [row | {} if row["chosen"] else row | {"completion_tokens": None} for row in log()]
+    trace = read_trace(write(tmp_path / "log.jsonl", unchosen))
+    assert trace.requests.output_tokens.tolist() == [5, 5]
+    unchosen[3]["completion_tokens"] = None
+    with pytest.raises(RecordError, match=r"row 4, column 'completion_tokens': is missing"):
+        read_trace(write(tmp_path / "log.jsonl", unchosen))
+
+
+def test_a_log_may_name_blocks(tmp_path: Path) -> None:
+    rows = [row | {"hash_ids": [10 * i + k for k in range(4)]} for i, row in enumerate(log())]
+    trace = read_trace(write(tmp_path / "log.jsonl", rows), model="a")
+    assert trace.prefix_tokens == 16
+    assert trace.requests.prefix_ids is not None
+    assert trace.requests.prefix_ids.tolist() == [0, 1, 2, 3, 20, 21, 22, 23]
+
+
 def test_an_error_in_a_log_names_the_files_row(tmp_path: Path) -> None:
     rows = log()
     rows[3]["completion_tokens"] = 0

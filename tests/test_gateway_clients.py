@@ -239,7 +239,9 @@ def test_openai_responses_stream(client: Any) -> None:
 
 
 def test_openai_embeddings(client: Any) -> None:
-    packed = client.embeddings.create(model=EMBEDDINGS, input=["one", "two"])  # asks for base64, and unpacks it
+    packed = client.embeddings.create(
+        model=EMBEDDINGS, input=["one", "two"]
+    )  # asks for base64, and unpacks it
     plain = client.embeddings.create(model=EMBEDDINGS, input="one", encoding_format="float")
     tokens = client.embeddings.create(model=EMBEDDINGS, input=[[1, 2, 3]])
 

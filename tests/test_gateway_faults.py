@@ -124,7 +124,9 @@ def test_nothing_is_spent_that_cannot_be_written(tmp_path: Path) -> None:
 
     async def test(service: Live) -> None:
         with full_disk(service):
-            assert (await service.ask("/v1/chat/completions", CHAT)).status == 200  # in the journal; then it shows
+            assert (
+                await service.ask("/v1/chat/completions", CHAT)
+            ).status == 200  # in the journal; then it shows
             await until(lambda: service.calls.books.problem is not None)
             before = transport.requests
             for path, body in DIALECTS.items():

@@ -142,6 +142,22 @@ def test_what_embeddings_cost_moves_no_price_that_is_not_theirs() -> None:
     assert after.multiplier == pytest.approx(before.multiplier, rel=1e-6)
 
 
+def test_the_process_that_finds_prices_knows_the_kinds(tmp_path: Path) -> None:
+    async def test(service: Live) -> None:
+        board = service.calls.board
+        for k in range(30):
+            board.asked(0.02, 100.0 * k, "other", "code")
+            board.asked(0.02, 2000.0 + k, "other", "index", "embeddings")
+        await service.service.clearer.once()
+        assert board.standing.problem is None
+        here = Prices.from_json(clear(board.economy, *board.latest(), ())["prices"])
+        found = [p.multiplier for p in board.standing.prices.discovered]
+        assert found == pytest.approx([p.multiplier for p in here.discovered])
+        assert max(found) > 0
+
+    run(tmp_path, test, Economy.model_validate(TWO_KINDS))
+
+
 @pytest.mark.parametrize("defer", [True, False])
 def test_a_request_that_nothing_is_open_to_does_not_stop_prices(defer: bool) -> None:
     rules = {"acme": {"forbidden_models": ["vectors", "fine-vectors"]}}

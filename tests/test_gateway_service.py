@@ -435,7 +435,9 @@ def test_a_disk_that_takes_no_more_is_survived(tmp_path: Path) -> None:
         pid = own.process.pid
         before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, before[1]))
-        assert ask(own, CALL, BODY).status == 200  # its entry is safe in the journal, which has had its room all along
+        assert (
+            ask(own, CALL, BODY).status == 200
+        )  # its entry is safe in the journal, which has had its room all along
         ends = time.monotonic() + 5
         while ask(own, "/readyz").status != 503:
             assert time.monotonic() < ends

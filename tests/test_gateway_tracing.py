@@ -492,6 +492,20 @@ def test_a_stream_cut_by_its_budget(tmp_path: Path, collector: Collector) -> Non
     assert call.said["gen_ai.usage.output_tokens"] > 0
 
 
+def test_a_bug_behind_a_stream_is_told(tmp_path: Path, collector: Collector) -> None:
+    async def test(service: Live) -> None:
+        with patch.object(type(service.calls.board), "came_back", side_effect=ZeroDivisionError):
+            got = await service.ask(CALL, CHAT | {"stream": True, "max_tokens": 40})
+        assert got.status == 200
+        assert b"internal" in got.body
+
+    run(tmp_path, test)
+    call, attempt = collector.only(SERVER), collector.only(CLIENT)
+    assert call.failed
+    assert call.said["error.type"] == "internal"
+    assert not attempt.failed, "the upstream did what it was asked"
+
+
 def test_a_call_that_is_refused(tmp_path: Path, collector: Collector) -> None:
     async def test(service: Live) -> None:
         got = await service.ask(CALL, CHAT | {"model": "auto"}, x_walras_value="1e-9")

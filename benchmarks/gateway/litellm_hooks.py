@@ -8,7 +8,9 @@ import json
 import os
 import sqlite3
 
+from litellm.proxy import proxy_server
 from litellm.proxy._types import ProxyErrorTypes, ProxyException, UserAPIKeyAuth, hash_token
+from litellm.proxy.auth.auth_checks import virtual_key_max_budget_check
 from litellm.proxy.db.db_spend_update_writer import DBSpendUpdateWriter
 from litellm.proxy.hooks.proxy_track_cost_callback import ProxyDBLogger
 
@@ -25,7 +27,10 @@ async def authenticate(_request, api_key):
     budget = BUDGETS.get(hash_token(api_key))
     if budget is None:
         raise ProxyException("no such key", ProxyErrorTypes.auth_error, "api_key", 401)
-    return UserAPIKeyAuth(api_key=api_key, max_budget=budget)
+    key = UserAPIKeyAuth(api_key=api_key, max_budget=budget)
+    # Its own look at a key from the database ends with this check; what a hook returns it only reserves for.
+    await virtual_key_max_budget_check(valid_token=key, proxy_logging_obj=proxy_server.proxy_logging_obj)
+    return key
 
 
 async def update_database(

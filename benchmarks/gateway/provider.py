@@ -51,27 +51,30 @@ def _frame(data: str) -> bytes:
 
 
 def _chunk(delta: dict[str, str], finish: str | None = None) -> bytes:
-    stamp = {
-        "id": "chatcmpl-simulated",
-        "object": "chat.completion.chunk",
-        "created": 1700000000,
-        "model": "simulated",
-    }
-    return _frame(json.dumps(stamp | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}))
+    return _said(choices=[{"index": 0, "delta": delta, "finish_reason": finish}])
 
 
 def _usage(prompt: int, made: int) -> bytes:
     usage = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+    return _said(choices=[], usage=usage)
+
+
+def _said(**more: Any) -> bytes:
     stamp = {
-        "id": "chatcmpl-simulated",
+        "id": "simulated",
         "object": "chat.completion.chunk",
         "created": 1700000000,
         "model": "simulated",
     }
-    return _frame(json.dumps(stamp | {"choices": [], "usage": usage}))
+    return _frame(json.dumps(stamp | more))
 
 
 TOKENS = tuple(_chunk({"content": word}) for word in WORDS)
+
+
+def _send(writer: asyncio.StreamWriter, data: bytes) -> None:
+    if not writer.is_closing():  # uvloop raises where asyncio says nothing
+        writer.write(data)
 
 
 async def _body(head: bytes, reader: asyncio.StreamReader) -> bytes:
@@ -91,12 +94,6 @@ class Provider:
 
     seed: int
     billed: int = 0
-    tokens: int = 0
-    requests: int = 0
-    failed: int = 0
-    cut: int = 0
-    left: int = 0
-    """Streams that nobody read to their end."""
     open: int = 0
     bills: dict[str, int] = field(default_factory=dict)
     """Nano-USD by what a prompt begins with, once its stream has ended."""
@@ -118,15 +115,13 @@ class Provider:
         self, asked: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> bool:
         """Whether the connection can be used again."""
-        self.requests += 1
         fails, cut, length = (
             self.rng.random() < FAIL,
             self.rng.random() < CUT,
             self.rng.lognormvariate(0, SIGMA),
         )
         if fails:
-            self.failed += 1
-            writer.write(FAILED)
+            _send(writer, FAILED)
             return True
         prompt = len(json.dumps(asked["messages"])) // 4
         wanted = max(round(MEDIAN * length), 1)
@@ -138,28 +133,19 @@ class Provider:
         self.open -= 1
         name = str(asked["messages"][0]["content"]).partition(" ")[0]
         self.bills[name] = self.bills.get(name, 0) + prompt * INPUT_NANO + made * OUTPUT_NANO
-        if made < tokens:
-            self.left += 1
-        elif cut:
-            self.cut += 1
-        else:
-            ending = (
-                _chunk({}, "stop" if whole == wanted else "length"),
-                _usage(prompt, made),
-                _frame("[DONE]"),
-            )
-            writer.write(b"".join(ending) + b"0\r\n\r\n")
-            return True
-        return False
+        if cut or made < tokens:
+            return False
+        finish = _chunk({}, "stop" if whole == wanted else "length")
+        _send(writer, finish + _usage(prompt, made) + _frame("[DONE]") + b"0\r\n\r\n")
+        return True
 
     async def _stream(self, tokens: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
         """Make so many, at the pace of a model, until the reader leaves; how many were made."""
-        writer.write(HEAD)
+        _send(writer, HEAD)
         made = 0
         while made < tokens and not (reader.at_eof() or writer.is_closing()):
-            writer.write(TOKENS[made % len(TOKENS)])
+            _send(writer, TOKENS[made % len(TOKENS)])
             made += 1
             self.billed += OUTPUT_NANO
             await asyncio.sleep(TOKEN_S)
-        self.tokens += made
         return made

@@ -7,20 +7,25 @@ more steeply above where arithmetic takes over from memory. What is left out of 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy.optimize import nnls
+from scipy.optimize import brentq, nnls
 
 from walras.engine.profiles import FitError, Limits, Profile, load_profile, pairs
+from walras.engine.replay import Replay
+from walras.engine.requests import Requests
+from walras.engine.settings import EngineSettings
 from walras.engine.steps import FloatArray
 from walras.errors import RecordError
 from walras.records.read import columns_of, read_records
 
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 TOUCHED = (4.0, 16.0, 64.0, 256.0)
 """τ, tokens."""
@@ -29,6 +34,10 @@ BUSY = (512.0, 2048.0)
 KNOTS = np.unique(np.geomspace(1, 1 << 15, 46).round())
 """Where the fitted curve is written down."""
 FOLDS = 5
+LEAST_FACTOR, CLOSE = 0.1, 1e-4
+"""A profile is not wrong by more than this, nor known to more than that."""
+CALM = 8
+"""Steps full of prompts: a closed loop whose users together bring no more has no queue worth the name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +176,7 @@ def _solve(design: FloatArray, seconds: FloatArray) -> FloatArray:
     """The unknowns ≥ 0 of least squared relative error."""
     weighted = design / seconds[:, None]
     scale = np.maximum(np.linalg.norm(weighted, axis=0), 1e-300)
-    found, _ = nnls(weighted / scale, np.ones(len(seconds)))
+    found, _ = nnls(weighted / scale, np.where(design.any(axis=1), 1.0, 0.0))
     return np.asarray(found / scale, dtype=np.float64)
 
 
@@ -193,36 +202,50 @@ def _from_solution(name: str, source: str, error: FitError, found: FloatArray, l
 
 @dataclass(frozen=True, slots=True)
 class Loads:
-    """A closed loop of `batch` users, each asking anew when answered: lengths, and mean latencies measured, (N,) columns."""
+    """Closed loops of `batch` users who ask anew when answered: lengths, and mean latencies measured, (N,) columns."""
 
     input_tokens: FloatArray
     output_tokens: FloatArray
     batch: FloatArray
     tpot_s: FloatArray
+    ttft_s: FloatArray
 
-    def design(self, step_tokens: int) -> FloatArray:
-        """As `StepRows.design`, for the mean step of the loop.
+    def take(self, rows: BoolArray) -> Loads:
+        return Loads(
+            self.input_tokens[rows],
+            self.output_tokens[rows],
+            self.batch[rows],
+            self.tpot_s[rows],
+            self.ttft_s[rows],
+        )
 
-        In the time of one answer, every other user's prompt is computed once: of `output_tokens` steps, `batch` chunks
-        share some (one prompt in each while there are more steps than users).
+    def equations(self, step_tokens: int) -> tuple[FloatArray, FloatArray]:
+        """(2N, unknowns) design and (2N,) seconds: of the mean step, and of the first token of a loop that has no queue.
+
+        While a user is answered, every other prompt is computed once: chunks of prompts share `output_tokens` steps, one in
+        each as long as there are more steps than chunks. A first token waits for one step and its own chunks; the last
+        unknown is what it waits for outside of the engine. Rows that would queue are zero.
         """
-        zero = np.zeros(len(self.batch))
+        zero, none = np.zeros(len(self.batch)), np.zeros(len(self.batch), dtype=np.int64)
         kv = self.batch * (self.input_tokens + self.output_tokens / 2)
         chunks = np.ceil(self.input_tokens / step_tokens)
+        alone = StepRows(zero, zero, self.batch, kv, self.tpot_s, none).design()
         share = np.minimum(1.0, self.batch * chunks / self.output_tokens)
-        prefill = self.batch * self.input_tokens / (self.output_tokens * share)
-        pair = self.batch / (self.output_tokens * share) * pairs(self.input_tokens, zero)
-        group = np.zeros(len(zero), dtype=np.int64)
-        alone = StepRows(zero, zero, self.batch, kv, self.tpot_s, group)
-        mixed = StepRows(prefill, pair, self.batch, kv, self.tpot_s, group)
-        both = (1 - share)[:, None] * alone.design() + share[:, None] * mixed.design()
-        return np.asarray(both, dtype=np.float64)
+        each = self.batch / (self.output_tokens * share)
+        pair = pairs(self.input_tokens, zero)
+        mixed = StepRows(each * self.input_tokens, each * pair, self.batch, kv, self.tpot_s, none).design()
+        own = StepRows(self.input_tokens / chunks, pair / chunks, self.batch, kv, self.tpot_s, none).design()
+        mean = (1 - share)[:, None] * alone + share[:, None] * mixed
+        calm = (self.batch * self.input_tokens <= CALM * step_tokens) | (self.batch == self.batch.min())
+        first = np.column_stack([alone + chunks[:, None] * own, np.ones(len(calm))]) * calm[:, None]
+        design = np.concatenate([np.column_stack([mean, zero]), first])
+        return design, np.concatenate([self.tpot_s, self.ttft_s])
 
 
-def fit_closed_loop(name: str, source: str, loads: Loads, limits: Limits) -> Profile:
-    """A profile from mean times per output token of closed loops at several batch sizes.
+def fit_closed_loop(name: str, source: str, loads: Loads, limits: Limits) -> tuple[Profile, float]:
+    """A profile from mean latencies of closed loops at several batch sizes; and what a first token waits for outside, seconds.
 
-    The error is at each batch size but the least and the greatest, left out in turn: between measured sizes, not beyond.
+    The error is that of the time per output token at each batch size but the least and the greatest, left out in turn.
 
     Raises:
         RecordError: fewer than three batch sizes.
@@ -230,11 +253,35 @@ def fit_closed_loop(name: str, source: str, loads: Loads, limits: Limits) -> Pro
     sizes = np.unique(loads.batch)
     if len(sizes) < 3:
         raise RecordError(f"{len(sizes)} batch sizes: three are needed, to leave one out", field="batch_size")
-    design = loads.design(limits.step_tokens)
-    predicted = np.empty(len(loads.batch))
+    design, _ = loads.equations(limits.step_tokens)
+    predicted = np.zeros(len(loads.batch))
     for size in sizes[1:-1]:
         out = loads.batch == size
-        predicted[out] = design[out] @ _solve(design[~out], loads.tpot_s[~out])
-    inner = (loads.batch > sizes[0]) & (loads.batch < sizes[-1])
+        found = _solve(*loads.take(~out).equations(limits.step_tokens))
+        predicted[out] = (design[: len(out)] @ found)[out]
+    inner = predicted > 0
     error = FitError.of(predicted[inner], loads.tpot_s[inner], "batch size")
-    return _from_solution(name, source, error, _solve(design, loads.tpot_s), limits)
+    found = _solve(*loads.equations(limits.step_tokens))
+    return _from_solution(name, source, error, found[:-1], limits), float(found[-1])
+
+
+def calibrate(profile: Profile, settings: EngineSettings, requests: Requests, tpot_s: float) -> Profile:
+    """The profile with what a measured run says it left out: seconds more in each step, or all of them less by a factor.
+
+    Args:
+        requests: what the run served; `tpot_s` is the mean time per output token that it measured.
+    """
+
+    def off(tried: Profile) -> float:
+        steps = tried.steps(settings.max_batched_tokens, settings.max_sequences)
+        return float(Replay(settings, steps, None, requests).run().served().tpot_s.mean()) - tpot_s
+
+    if off(profile) > 0:
+        factor = brentq(lambda one: off(profile.scaled(one)), LEAST_FACTOR, 1.0, xtol=CLOSE)
+        return profile.scaled(float(factor))
+    more = brentq(lambda one: off(_longer(profile, one * tpot_s)), 0.0, 1.0, xtol=CLOSE)
+    return _longer(profile, float(more) * tpot_s)
+
+
+def _longer(profile: Profile, seconds: float) -> Profile:
+    return dataclasses.replace(profile, overhead_s=profile.overhead_s + seconds)

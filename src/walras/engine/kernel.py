@@ -264,8 +264,7 @@ def _let_go(rules, columns, me, node, table, slot, kv, tag):
     """Give back a sequence's blocks; returns the node of its own run, if it has the tag."""
     own = -(-kv // rules.block) - slot.shared * rules.per_chunk
     ids = _ids_of(columns, slot.row)
-    run = release(me, node, table, ids, slot.shared, own, tag, rules.caching)
-    return run
+    return release(me, node, table, ids, slot.shared, own, tag, rules.caching)
 
 
 @compiled
@@ -757,6 +756,26 @@ def advance(setup, columns, tables, state, log, samples, until):
                 if not rules.ahead and clock.due > 0 and state.later[0].time == time:
                     continue  # an answer came, and the next call with it: it can be in the step that starts now
             begin(rules, columns, tables, state, w, time, visible)
+
+
+@compiled
+def catch_up_all(setup, state, time):
+    """`catch_up` of every worker, so that `free` is what is free at `time`."""
+    for w in range(setup[0].workers):
+        catch_up(setup[0], state, w, time)
+
+
+@compiled
+def take_out(setup, state, blocks, time):
+    """Take free blocks out of each worker's memory for good; a run planned on them ends with the step that is under way."""
+    rules = setup[0]
+    for w in range(rules.workers):
+        me = state.workers[w]
+        take(me, state.nodes[w], state.table[w], blocks[w])
+        if me.kind == DECODING and blocks[w] > 0:
+            me.steps = steps_by(rules, me, time - me.start)
+            me.end = me.start + run_s(rules, me, me.steps)
+            plan_end(state.tree, w, me.end)
 
 
 @compiled

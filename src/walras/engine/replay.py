@@ -22,6 +22,7 @@ from walras.engine.cache import NODE, clear, nodes_needed
 from walras.engine.requests import Requests
 from walras.engine.settings import EngineSettings, Routing
 from walras.engine.state import (
+    CALL,
     CLOCK,
     DONE,
     FINISH,
@@ -151,6 +152,18 @@ class Replay:
         """Requests that have arrived and not ended."""
         return int(self._state.clock["live"][0])
 
+    @property
+    def fed(self) -> int:
+        """Requests fed so far: the place of the next one."""
+        return self._fed
+
+    @property
+    def free_blocks(self) -> IntArray:
+        """(W,) KV blocks that no sequence holds now."""
+        kernel.catch_up_all(self._setup, self._state, self.now_s)
+        free: IntArray = self._state.workers["free"].copy()
+        return free
+
     def feed(self, requests: Requests) -> None:
         """More requests, none before the last one fed; a session's calls come in one piece."""
         requests.check_fits(self.settings)
@@ -195,13 +208,11 @@ class Replay:
         rows = np.concatenate(self._served) if self._served else np.empty(0, SERVED)
         self._served = [rows]
         rows = rows[np.argsort(rows["request"], kind="stable")]
-        whole = {"preemptions", "worker", "prefill_worker"}
-        return Served(
-            **{
-                key: rows[key].astype(np.int64) if key in whole else rows[key].copy()
-                for key in SERVED.names or ()
-            }
-        )
+        columns: dict[str, Any] = {}
+        for key in SERVED.names or ():
+            whole = np.issubdtype(rows.dtype[key], np.integer)
+            columns[key] = rows[key].astype(np.int64 if whole else np.float64)
+        return Served(**columns)
 
     def take(self) -> Served:
         """As `served`, and forget them: what a long trace needs."""
@@ -214,7 +225,8 @@ class Replay:
         self._drain_samples()
         rows = np.concatenate([self._before, *self._sampled])
         passed = int(self._state.clock["intervals"][0])
-        ends = float(self._state.clock["interval"][0]) * np.arange(passed - len(rows) + 2, passed + 1)
+        interval = float(self._state.clock["interval"][0])
+        ends = interval * np.arange(passed - len(rows) + 2, passed + 1, dtype=np.float64)
         over = {key: np.diff(rows[key], axis=0) for key in SAMPLE.names[3:]}  # type: ignore[index]
         now = rows[1:]
         return Intervals(
@@ -253,10 +265,17 @@ class Replay:
         add: Requests | None = None,
         drop: Sequence[int] = (),
         close: Sequence[int] = (),
+        block: Sequence[int] = (),
         routing: Routing | None = None,
     ) -> Replay:
-        """A snapshot with a change: more requests, from now on; some of those still to arrive left out, by their place in
-        all that was fed; workers closed, which end what they have begun and hand on what waits; other routing.
+        """A snapshot with a change.
+
+        Args:
+            add: requests that arrive as well, from now on.
+            drop: requests still to arrive that do not, by their place in all that was fed.
+            close: workers that end what they have begun, hand on what waits, and get no more.
+            block: for each worker, KV blocks that are taken out of its free ones.
+            routing: how requests find their worker from now on.
 
         Raises:
             RecordError: a request to add that arrives before now, or one to drop that has arrived.
@@ -273,7 +292,21 @@ class Replay:
             other._tables = _tables(self.settings, self.steps, routing)
         if len(close):
             other._close(close)
+        if len(block):
+            other._block(block)
         return other
+
+    def delay_cost(self, since_s: float, without: Sequence[int] = ()) -> float:
+        """Σ price of delay × seconds in the engine after `since_s`, over the requests served since the start (or the branch, or
+        `take`) and those in flight, but not over those of `without`. USD; seconds where no price of delay was given."""
+        served, columns = self.served(), self._columns
+        live = self._state.slots[self._state.slots["row"] >= 0]
+        request = np.concatenate([served.request, columns.number[live["row"]]])
+        begin = np.concatenate([served.arrival_s, live["arrived"]])
+        end = np.concatenate([served.end_s, np.full(len(live), self.now_s)])
+        price = columns.weight[np.searchsorted(columns.number, request)]
+        seconds = np.maximum(end - np.maximum(begin, since_s), 0.0)
+        return float((price * seconds)[~np.isin(request, np.asarray(without, dtype=np.int64))].sum())
 
     def _add(self, requests: Requests) -> None:
         requests.check_fits(self.settings)
@@ -318,6 +351,16 @@ class Replay:
         for w in workers:
             kernel.hand_on(self._setup, self._columns, self._tables, self._state, w, self.now_s)
 
+    def _block(self, blocks: Sequence[int]) -> None:
+        out, free = np.asarray(blocks, dtype=np.int64), self.free_blocks
+        if out.shape != free.shape or (out < 0).any() or (out > free).any():
+            raise SettingsError(
+                f"{out.tolist()} of {free.tolist()} free blocks",
+                key="block",
+                hint="for each worker, at most its free ones",
+            )
+        kernel.take_out(self._setup, self._state, out, self.now_s)
+
     def _append(self, requests: Requests) -> None:
         """Put rows behind those that are there."""
         old, first = self._columns, len(self._columns.arrival)
@@ -349,7 +392,7 @@ class Replay:
         place = int(state.clock["next"][0])
         live = np.flatnonzero(state.slots["row"] >= 0)
         due = state.later[: int(state.clock["due"][0])]
-        due_rows = np.flatnonzero(due["what"] == kernel.CALL)
+        due_rows = np.flatnonzero(due["what"] == CALL)
         needed = np.zeros(len(old.arrival), np.bool_)
         needed[old.open[place:]] = True
         needed[state.slots["row"][live]] = True

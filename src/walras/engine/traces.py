@@ -86,28 +86,23 @@ def read_trace(path: Path, *, model: str | None = None, session_every_s: float =
     names = columns_of(path)
     if all(name in names for name in SESSIONS):
         return _sessions(path, session_every_s)
+    file = _File(path, _rows_of(path, names, model))
     columns = {
         "input_tokens": _one_of(path, names, INPUT),
         "output_tokens": _one_of(path, names, OUTPUT),
         "arrival_s": _one_of(path, names, (*ARRIVAL, *CLOCK)),
     }
-    found: dict[str, Any] = {key: _whole(path, columns[key]) for key in ("input_tokens", "output_tokens")}
-    found["arrival_s"] = _arrivals(path, columns["arrival_s"])
-    label = next((name for name in NAMES if name in names), None)
-    if label:
+    found: dict[str, Any] = {key: file.whole(columns[key]) for key in ("input_tokens", "output_tokens")}
+    found["arrival_s"] = file.arrivals(columns["arrival_s"])
+    if label := next((name for name in NAMES if name in names), None):
         columns["names"] = label
-        found["names"] = np.asarray(_text(path, label))
-    rows = np.arange(1, len(found["arrival_s"]) + 1)
-    if keep := [_text(path, name) for name in ("model", "chosen") if name in names]:
-        rows = _rows_of(
-            path, dict(zip([n for n in ("model", "chosen") if n in names], keep, strict=True)), model
-        )
-        found = {key: column[rows - 1] for key, column in found.items()}
+        found["names"] = np.asarray(file.text(label))
+    rows = file.numbers_of(len(found["arrival_s"]))
     if PREFIXES not in names:
         return _checked(found, 0, path, columns, rows)
     columns |= {"prefix_ids": PREFIXES, "prefix_offsets": PREFIXES}
-    found["prefix_offsets"], found["prefix_ids"] = _lists(path, PREFIXES)
-    block = _block_tokens(path, found["input_tokens"], np.diff(found["prefix_offsets"]))
+    found["prefix_offsets"], found["prefix_ids"] = file.lists(PREFIXES)
+    block = _block_tokens(file, found["input_tokens"], np.diff(found["prefix_offsets"]))
     return _checked(found, block, path, columns, rows)
 
 
@@ -143,111 +138,128 @@ def _one_of(path: Path, names: Sequence[str], known: Sequence[str]) -> str:
     )
 
 
-def _numbers(path: Path, name: str) -> FloatArray:
-    """(N,) a column of numbers ≥ 0, none of them missing."""
-    parts = [batch.column(name) for _, batch in read_records(path, (), extra=(name,))]
-    column = pa.chunked_array(parts).to_numpy()
-    missing = np.flatnonzero(np.isnan(column))
-    if missing.size:
-        raise RecordError("is missing", path=path, row=int(missing[0]) + 1, field=name)
-    return np.asarray(column, dtype=np.float64)
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file's columns, of the rows that are meant; errors name the row of the file."""
+
+    path: Path
+    rows: IntArray | None = None
+    """From 1; None: all."""
+
+    def numbers_of(self, count: int) -> IntArray:
+        """(N,) the rows' numbers in the file."""
+        return np.arange(1, count + 1) if self.rows is None else self.rows
+
+    def wrong(self, bad: NDArray[np.bool_], name: str, problem: str, hint: str | None = None) -> None:
+        """Raise for the first of the rows that are bad."""
+        if bad.any():
+            row = int(self.numbers_of(len(bad))[np.argmax(bad)])
+            raise RecordError(problem, path=self.path, row=row, field=name, hint=hint)
+
+    def maybe(self, name: str) -> FloatArray:
+        """(N,) numbers ≥ 0, NaN where missing."""
+        parts = [batch.column(name) for _, batch in read_records(self.path, (), extra=(name,))]
+        column = np.asarray(pa.chunked_array(parts).to_numpy(), dtype=np.float64)
+        return column if self.rows is None else column[self.rows - 1]
+
+    def numbers(self, name: str) -> FloatArray:
+        """(N,) numbers ≥ 0, none missing."""
+        column = self.maybe(name)
+        self.wrong(np.isnan(column), name, "is missing")
+        return column
+
+    def whole(self, name: str) -> IntArray:
+        """(N,) counts of tokens."""
+        column = self.numbers(name)
+        broken = column != np.floor(column)
+        self.wrong(broken, name, f"is {column[np.argmax(broken)]:g}, expected a whole number of tokens")
+        return column.astype(np.int64)
+
+    def text(self, name: str) -> list[str | None]:
+        """(N,) text, None where missing."""
+        batches = read_records(self.path, (), facts=(name,))
+        column = [value for _, batch in batches for value in batch.column(name).to_pylist()]
+        return column if self.rows is None else [column[row - 1] for row in self.rows]
+
+    def arrivals(self, name: str) -> FloatArray:
+        """(N,) seconds; milliseconds and dates count from the first row."""
+        if name not in CLOCK:
+            return self.numbers(name)
+        texts = self.text(name)
+        self.wrong(np.array([text is None for text in texts]), name, "is missing")
+        try:
+            float(texts[0] or "")
+        except ValueError:
+            return self._dates(name, texts)
+        seconds = self.numbers(name) / 1000
+        return np.asarray(seconds - seconds[0], dtype=np.float64)
+
+    def _dates(self, name: str, texts: list[str | None]) -> FloatArray:
+        try:
+            stamps = _stamps(texts)
+        except pa.ArrowInvalid:
+            at = next(i for i, text in enumerate(texts) if not _is_date(text))
+            bad = np.arange(len(texts)) == at
+            self.wrong(bad, name, f"is {texts[at]!r}, expected a date", "as 2023-11-16 18:15:46.68")
+            raise
+        return np.asarray((stamps - stamps[0]) / np.timedelta64(1, "s"), dtype=np.float64)
+
+    def lists(self, name: str) -> tuple[IntArray, IntArray]:
+        """(N+1,) offsets and values of lists of whole numbers."""
+        kind = pa.list_(pa.int64())
+        try:
+            if self.path.suffix.lower() in (".parquet", ".pq"):
+                column = pa.parquet.read_table(self.path, columns=[name])[name].cast(kind)
+            else:
+                schema = pa.schema([(name, kind)])
+                options = pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+                column = pa.json.read_json(self.path, parse_options=options)[name]
+        except pa.ArrowException as error:
+            row = _bad_list(self.path, name)
+            raise RecordError(
+                "is not a list of whole numbers", path=self.path, row=row, field=name
+            ) from error
+        lists: Any = column.combine_chunks()
+        lists = lists if self.rows is None else lists.take(pa.array(self.rows - 1))
+        if lists.null_count or lists.flatten().null_count:
+            bad = np.array([one is None or None in one for one in lists.to_pylist()])
+            self.wrong(bad, name, "is missing, or has a gap")
+        offsets = np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy(), dtype=np.int64)])
+        return offsets, np.asarray(lists.flatten().to_numpy(), dtype=np.int64)
 
 
-def _whole(path: Path, name: str) -> IntArray:
-    column = _numbers(path, name)
-    broken = np.flatnonzero(column != np.floor(column))
-    if broken.size:
-        problem = f"is {column[broken[0]]:g}, expected a whole number of tokens"
-        raise RecordError(problem, path=path, row=int(broken[0]) + 1, field=name)
-    return column.astype(np.int64)
-
-
-def _text(path: Path, name: str) -> list[str | None]:
-    """A column as text, None where it is missing."""
-    return [
-        value
-        for _, batch in read_records(path, (), facts=(name,))
-        for value in batch.column(name).to_pylist()
-    ]
-
-
-def _arrivals(path: Path, name: str) -> FloatArray:
-    """(N,) seconds. Milliseconds and dates count from the first row."""
-    if name not in CLOCK:
-        return _numbers(path, name)
-    first = next(iter(read_records(path, (), facts=(name,))))[1].column(name)[0].as_py()
-    try:
-        float(first or "nan")
-    except ValueError:
-        return _dates(path, name)
-    seconds = _numbers(path, name) / 1000
-    return np.asarray(seconds - seconds[0], dtype=np.float64)
-
-
-def _dates(path: Path, name: str) -> FloatArray:
-    texts = _text(path, name)
-    try:
-        stamps = pc.cast(pa.array(texts, pa.string()), pa.timestamp("ns")).to_numpy(zero_copy_only=False)
-    except pa.ArrowInvalid as error:
-        row = next(i for i, text in enumerate(texts) if not _is_date(text))
-        raise RecordError(
-            f"is {texts[row]!r}, expected a date",
-            path=path,
-            row=row + 1,
-            field=name,
-            hint="as 2023-11-16 18:15:46.68",
-        ) from error
-    missing = np.flatnonzero(np.isnat(stamps))
-    if missing.size:
-        raise RecordError("is missing", path=path, row=int(missing[0]) + 1, field=name)
-    return np.asarray((stamps - stamps[0]) / np.timedelta64(1, "s"), dtype=np.float64)
+def _stamps(texts: list[str | None]) -> NDArray[np.datetime64]:
+    stamps: NDArray[np.datetime64] = pc.cast(pa.array(texts, pa.string()), pa.timestamp("ns")).to_numpy(
+        zero_copy_only=False
+    )
+    return stamps
 
 
 def _is_date(text: str | None) -> bool:
     try:
-        pc.cast(pa.array([text], pa.string()), pa.timestamp("ns"))
+        _stamps([text])
     except pa.ArrowInvalid:
         return False
     return True
 
 
-def _rows_of(path: Path, log: dict[str, list[str | None]], model: str | None) -> IntArray:
-    """Rows of a log that are requests: those of one model, those marked as chosen, or all."""
+def _rows_of(path: Path, names: Sequence[str], model: str | None) -> IntArray | None:
+    """Rows of a log that are requests: those of one model, those marked as chosen, or (None) all."""
     if model is not None:
-        marks = [name == model for name in log.get("model", [])]
+        if "model" not in names:
+            raise RecordError("no column 'model'", path=path, hint="leave the model out")
+        models = _File(path).text("model")
+        marks = [name == model for name in models]
         if not any(marks):
-            hint = nearest(model, sorted({name for name in log.get("model", []) if name}))
+            hint = nearest(model, sorted({name for name in models if name}))
             raise RecordError(f"no row of model '{model}'", path=path, field="model", hint=hint)
-    elif "chosen" in log:
-        marks = [(mark or "").lower() in ("true", "1") for mark in log["chosen"]]
+    elif "chosen" in names:
+        marks = [(mark or "").lower() in ("true", "1") for mark in _File(path).text("chosen")]
         if not any(marks):
             raise RecordError("no row is chosen", path=path, field="chosen", hint="name a model")
     else:
-        marks = [True] * len(log["model"])
+        return None
     return np.asarray(np.flatnonzero(marks) + 1, dtype=np.int64)
-
-
-def _lists(path: Path, name: str) -> tuple[IntArray, IntArray]:
-    """Offsets and values of a column of lists of whole numbers."""
-    kind = pa.list_(pa.int64())
-    try:
-        if path.suffix.lower() in (".parquet", ".pq"):
-            column = pa.parquet.read_table(path, columns=[name])[name].cast(kind)
-        else:
-            options = pa.json.ParseOptions(
-                explicit_schema=pa.schema([(name, kind)]), unexpected_field_behavior="ignore"
-            )
-            column = pa.json.read_json(path, parse_options=options)[name]
-    except pa.ArrowException as error:
-        row = _bad_list(path, name)
-        raise RecordError("is not a list of whole numbers", path=path, row=row, field=name) from error
-    lists: Any = column.combine_chunks()
-    if lists.null_count or lists.flatten().null_count:
-        row = next(i for i, one in enumerate(lists.to_pylist(), 1) if one is None or None in one)
-        raise RecordError("is missing, or has a gap", path=path, row=row, field=name)
-    lengths = lists.value_lengths().to_numpy()
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return offsets, np.asarray(lists.flatten().to_numpy(), dtype=np.int64)
 
 
 def _bad_list(path: Path, name: str) -> int | None:
@@ -262,19 +274,13 @@ def _bad_list(path: Path, name: str) -> int | None:
     return None
 
 
-def _block_tokens(path: Path, tokens: IntArray, ids: IntArray) -> int:
+def _block_tokens(file: _File, tokens: IntArray, ids: IntArray) -> int:
     """How many tokens one id names, by how many ids prompts have: whole blocks, with or without the last broken one."""
     wrong = [(ids < tokens // block) | (ids > -(-tokens // block)) for block in BLOCKS]
-    misses = [int(one.sum()) for one in wrong]
-    best = int(np.argmin(misses))
-    if misses[best]:
-        row = int(np.flatnonzero(wrong[best])[0])
-        raise RecordError(
-            f"{ids[row]} ids for {tokens[row]} tokens, other rows have one for every {BLOCKS[best]}",
-            path=path,
-            row=row + 1,
-            field=PREFIXES,
-        )
+    best = int(np.argmin([one.sum() for one in wrong]))
+    at = np.argmax(wrong[best])
+    others = f"other rows have one for every {BLOCKS[best]}"
+    file.wrong(wrong[best], PREFIXES, f"{ids[at]} ids for {tokens[at]} tokens, {others}")
     return BLOCKS[best]
 
 
@@ -285,9 +291,9 @@ def _sessions(path: Path, every_s: float) -> Trace:
     that generated nothing (an error, upstream) counts as one token.
     """
     columns = {"arrival_s": "think_s", "prefix_ids": "run_start", "prefix_offsets": "run_len"}
-    session, agent = (np.asarray(_text(path, name), dtype=str) for name in ("session", "agent"))
-    parts = [batch.column("think_s") for _, batch in read_records(path, (), extra=("think_s",))]
-    think_s = np.nan_to_num(pa.chunked_array(parts).to_numpy(), nan=0.0)
+    file = _File(path)
+    session, agent = (np.asarray(file.text(name), dtype=str) for name in ("session", "agent"))
+    think_s = np.nan_to_num(file.maybe("think_s"), nan=0.0)
     after = np.full(len(session), -1, dtype=np.int64)
     latest: dict[tuple[str, str], int] = {}
     starts = 0
@@ -297,12 +303,12 @@ def _sessions(path: Path, every_s: float) -> Trace:
         if after[row] < 0:
             think_s[row] = starts * every_s
             starts += 1
-    tokens = _whole(path, "input_tokens")
-    offsets, ids = _chunks(path, session, tokens)
+    tokens = file.whole("input_tokens")
+    offsets, ids = _chunks(file, session, tokens)
     found = {
         "arrival_s": think_s,
         "input_tokens": tokens,
-        "output_tokens": np.maximum(1, _whole(path, "output_tokens")),
+        "output_tokens": np.maximum(1, file.whole("output_tokens")),
         "prefix_offsets": offsets,
         "prefix_ids": ids,
         "after": after,
@@ -310,15 +316,11 @@ def _sessions(path: Path, every_s: float) -> Trace:
     return _checked(found, SESSION_CHUNK, path, columns, np.arange(1, len(tokens) + 1))
 
 
-def _chunks(path: Path, session: NDArray[Any], tokens: IntArray) -> tuple[IntArray, IntArray]:
+def _chunks(file: _File, session: NDArray[Any], tokens: IntArray) -> tuple[IntArray, IntArray]:
     """Offsets and prefix ids of whole chunks: the id of a chunk's last block, told apart by session."""
-    run_offsets, starts = _lists(path, "run_start")
-    length_offsets, lengths = _lists(path, "run_len")
-    uneven = np.flatnonzero(np.diff(run_offsets) != np.diff(length_offsets))
-    if uneven.size:
-        raise RecordError(
-            "run_start and run_len differ in length", path=path, row=int(uneven[0]) + 1, field="run_len"
-        )
+    run_offsets, starts = file.lists("run_start")
+    length_offsets, lengths = file.lists("run_len")
+    file.wrong(np.diff(run_offsets) != np.diff(length_offsets), "run_len", "is not as long as run_start")
     ends = np.concatenate([[0], np.cumsum(lengths)])
     blocks = ends[run_offsets[1:]] - ends[run_offsets[:-1]]
     per_chunk = SESSION_CHUNK // SESSION_BLOCK

@@ -25,6 +25,7 @@ from walras.gateway.board import Alternative, Board, Decision
 from walras.gateway.books import Books
 from walras.gateway.dialects import prompt_text, read_call
 from walras.gateway.escrow import LocalEscrow, Refused
+from walras.gateway.hedging import Waits, best_hedge
 from walras.gateway.http import EVENTS, JSON, Gone, HttpError, Request, log_bug
 from walras.gateway.keys import Key
 from walras.gateway.metering import Call as Money
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 AUTO = ("auto", "walras/auto", "")
 SHOWN = 8
 """Alternatives an entry keeps, the best first."""
+LOOK_S = 0.02
+"""Least seconds until a slow attempt is looked at, whether another beside it is worth its price."""
 TRIES = 4
 """Attempts at one request, all uses together."""
 AGAIN = 0.5
@@ -130,10 +133,27 @@ class Attempt:
     asked: bool = False
     """Whether the upstream may have got it."""
     charged: Nano = 0
+    began: float = 0.0
     done: bool = False
     """Whether it is settled or released."""
     capped: bool = False
     """Whether nobody knows what it cost: it is charged what was held."""
+
+
+@dataclass(slots=True)
+class Hedge:
+    """A second attempt beside one that keeps its client waiting."""
+
+    main: asyncio.Task[None]
+    """That waits for the first attempt."""
+    timer: asyncio.TimerHandle | None = None
+    """When it is looked at next whether one is worth its price."""
+    task: asyncio.Task[None] | None = None
+    """That asks."""
+    attempt: Attempt | None = None
+    chosen: Alternative | None = None
+    answer: Answer | None = None
+    """It was first."""
 
 
 @dataclass(slots=True)
@@ -158,13 +178,20 @@ class Run:
     chosen: Alternative | None = None
     answer: Answer | None = None
     began: float = 0.0
-    """When the last attempt was begun."""
+    """When the last attempt was begun that is not a hedge."""
     ending: bool = False
     """Its entry is being made: a client that leaves changes nothing any more."""
     written: bool = False
     """Its entry is on its way to the ledger."""
     gone: bool = False
+    serving: Attempt | None = None
+    """Whose answer is passed on."""
     trace: Trace | None = None
+
+    @property
+    def asked(self) -> Attempt | None:
+        """Whose answer it is, or else the last that was tried."""
+        return self.serving or (self.attempts[-1] if self.attempts else None)
 
     def hang_up(self, task: asyncio.Task[None]) -> None:
         """The client has left: what is still being done for it ends."""
@@ -197,6 +224,7 @@ class Calls:
     _hidden: dict[str, float] = field(init=False, default_factory=dict)
     """Tokens for each one seen, by use."""
     _redacted: Callable[[str], str] = field(init=False)
+    waits: Waits = field(init=False)
     tiers: tuple[str, ...] = field(init=False)
     """Tiers of the menu that is served, which clients may name as models."""
     _prices: dict[str, TokenPrices] = field(init=False)
@@ -209,7 +237,13 @@ class Calls:
         self._classes.update(self.board.economy.classes)
         self._redacted = redaction(self.board.economy.gateway.redact)
         self._prices = {name: self._upstream(name).models[name].prices for name in self.board.models}
+        self.waits = Waits(self._expected_wait)
         self._tariffs = {name: _dearest(p) for name, p in self._prices.items()}
+
+    def _expected_wait(self, use: str, stream: bool) -> float:
+        if stream:
+            return self._upstream(use).models[use].first_byte_s
+        return self.board.economy.models[use].seconds
 
     def _upstream(self, use: str) -> Upstream:
         return self.upstreams[self.board.economy.models[use].upstream]
@@ -288,8 +322,8 @@ class Calls:
         """What was made is paid for; what cannot be known, as it was reserved."""
         answer = run.answer
         usage = None if answer is None else answer.usage
-        if run.attempts:
-            await _surely(self._landed(run.attempts[-1]))
+        for attempt in run.attempts:
+            await _surely(self._landed(attempt))
         if answer is not None:
             await _surely(answer.aclose())
         for attempt in run.attempts:
@@ -478,15 +512,18 @@ class Calls:
             except RequestError as error:  # this model's API has no place for it; another's may
                 last, failed[use] = last or error, TRIES
                 if run.trace is not None:
-                    run.trace.failed(error)
+                    run.trace.failed(attempt, error)
                 await self._release(attempt)
             except Failure as failure:
                 last = failure
-                if run.trace is not None:
-                    run.trace.failed(failure)
                 failed[use] = failed.get(use, 0) + 1
-                self.metrics.count("attempts", attempt.upstream, failure.reason)
-                await (self._cap(attempt) if failure.charged else self._release(attempt))
+                await self._failed(run, attempt, failure)
+
+    async def _failed(self, run: Run, attempt: Attempt, failure: Failure) -> None:
+        if run.trace is not None:
+            run.trace.failed(attempt, failure)
+        self.metrics.count("attempts", attempt.upstream, failure.reason)
+        await (self._cap(attempt) if failure.charged else self._release(attempt))
 
     async def _reserve(
         self, ask: Ask, open_to: list[Alternative]
@@ -559,25 +596,16 @@ class Calls:
 
     async def _try(self, run: Run, attempt: Attempt) -> None:
         """One attempt. Raises `Failure` if it failed and the client has seen nothing of it."""
-        ask, money, run.answer = run.ask, attempt.money, None
-        await self._hold(run, money.reserved_nano)
-        self.metrics.observe("own_seconds", ask.elapsed)
+        run.answer = None
+        await self._hold(run, attempt, attempt.money.reserved_nano)
+        self.metrics.observe("own_seconds", run.ask.elapsed)
         run.began = time.perf_counter()
-        traceparent = () if run.trace is None else run.trace.asking(attempt) or ()
-        attempt.asked = True
-        try:
-            answer = run.answer = await self._upstream(attempt.use).ask(
-                ask.call,
-                attempt.use,
-                Stamp(ask.request_id, ask.at_ns // 1_000_000_000, attempt.use),
-                # It is the cap of each choice.
-                max_tokens=max(money.max_tokens // ask.call.choices, 1) if money.max_tokens else None,
-                within_s=None if ask.deadline is None else ask.deadline - ask.elapsed,
-                headers=traceparent,
-            )
-        except RequestError:
-            attempt.asked = False
-            raise
+        hedge = self._may_hedge(run, attempt)
+        if hedge is None:
+            answer = await self._ask_upstream(run, attempt)
+        else:
+            attempt, answer = await self._first_of_two(run, attempt, hedge)
+        run.answer, run.serving = answer, attempt
         try:
             if answer.reply is None:
                 await self._stream(run, attempt, answer)
@@ -587,11 +615,141 @@ class Calls:
             await answer.aclose()
         run.answer = None
 
+    async def _ask_upstream(self, run: Run, attempt: Attempt) -> Answer:
+        """A whole answer, or the begin of a stream."""
+        ask, money, attempt.began = run.ask, attempt.money, time.perf_counter()
+        traceparent = () if run.trace is None else run.trace.asking(attempt) or ()
+        attempt.asked, ended = True, False
+        try:
+            answer = await self._upstream(attempt.use).ask(
+                ask.call,
+                attempt.use,
+                Stamp(ask.request_id, ask.at_ns // 1_000_000_000, attempt.use),
+                # It is the cap of each choice.
+                max_tokens=max(money.max_tokens // ask.call.choices, 1) if money.max_tokens else None,
+                within_s=None if ask.deadline is None else ask.deadline - ask.elapsed,
+                headers=traceparent,
+            )
+            ended = True
+            return answer
+        except RequestError:
+            attempt.asked = False
+            raise
+        finally:
+            self.waits.learn(attempt.use, ask.call.stream, time.perf_counter() - attempt.began, ended=ended)
+
+    # --- a second attempt beside the first ----------------------------------------------------------------------------
+
+    def _may_hedge(self, run: Run, attempt: Attempt) -> Hedge | None:
+        """Look again when the attempt has taken as long as was expected; not where time costs nothing."""
+        ask = run.ask
+        if ask.deadline is None and not self.board.delay_price(ask.key.tenant, ask.priced_as, ask.kind):
+            return None
+        main = asyncio.current_task()
+        assert main is not None
+        hedge = Hedge(main)
+        expected = self.waits.left(attempt.use, ask.call.stream)
+        self._look_in(run, attempt, hedge, max(expected, LOOK_S))
+        return hedge
+
+    def _look_in(self, run: Run, attempt: Attempt, hedge: Hedge, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        hedge.timer = loop.call_later(seconds, self._look, run, attempt, hedge)
+
+    def _look(self, run: Run, attempt: Attempt, hedge: Hedge) -> None:
+        """Ask a second use if that is worth its price by now; else look again later."""
+        ask, chosen, decision = run.ask, run.chosen, run.decision
+        assert chosen is not None
+        assert decision is not None
+        waited = time.perf_counter() - run.began
+        offered = [
+            a
+            for a in decision.ranked
+            if self._upstream(a.use).passing > (a.use == attempt.use)
+            and (a.use == ask.call.model or not self._named(ask.call.model))
+        ]
+        hedge.chosen = best_hedge(
+            offered,
+            chosen,
+            self.board.delay_price(ask.key.tenant, ask.priced_as, ask.kind),
+            self.waits.left(attempt.use, ask.call.stream, waited),
+            lambda use: self.waits.left(use, ask.call.stream),
+            None if ask.deadline is None else ask.deadline - ask.elapsed,
+        )
+        if hedge.chosen is None:
+            self._look_in(run, attempt, hedge, max(waited / 4, LOOK_S))
+        elif len(run.attempts) < TRIES:
+            hedge.task = asyncio.create_task(self._hedge(run, hedge, hedge.chosen))
+
+    async def _hedge(self, run: Run, hedge: Hedge, chosen: Alternative) -> None:
+        """The second attempt. If it is first, what waits for the other is woken."""
+        job = self._job(run.ask, chosen.use)
+        money = await self.meter.open(run.ask.key.accounts, job, run.ask.at_ns)
+        if isinstance(money, Refused):
+            return
+        attempt = hedge.attempt = Attempt(chosen.use, self._upstream(chosen.use).name, money)
+        run.attempts.append(attempt)
+        try:
+            await self._hold(run, attempt, money.reserved_nano)
+            answer = await self._ask_upstream(run, attempt)
+        except (Failure, RequestError, OutputError) as problem:
+            may = isinstance(problem, Failure) and problem.charged
+            await (self._cap(attempt) if may else self._release(attempt))
+            self.metrics.count("hedges", chosen.use, "failed")
+            return
+        hedge.answer = answer
+        hedge.main.cancel()
+
+    async def _first_of_two(self, run: Run, attempt: Attempt, hedge: Hedge) -> tuple[Attempt, Answer]:
+        """The attempt's answer, or that of its hedge where this came first. The other one is called off."""
+        failure: Failure | None = None
+        try:
+            try:
+                answer = await self._ask_upstream(run, attempt)
+            except Failure as problem:
+                failure = problem
+                if hedge.task is not None:
+                    await hedge.task  # which cancels this where it has an answer
+                raise
+        except asyncio.CancelledError:
+            other, first = hedge.attempt, hedge.answer
+            if other is None or first is None or hedge.main.uncancel() > 0:
+                await self._call_off(run, hedge)
+                raise
+            if failure is None:
+                await self._settle_unfinished(run, attempt, None)
+            else:
+                await self._failed(run, attempt, failure)
+            run.chosen = hedge.chosen
+            self.metrics.count("hedges", other.use, "first")
+            return other, first
+        except BaseException:
+            await self._call_off(run, hedge)
+            raise
+        await self._call_off(run, hedge)
+        return attempt, answer
+
+    async def _call_off(self, run: Run, hedge: Hedge) -> None:
+        """End a second attempt that is not needed. What it may have cost is not known."""
+        if hedge.timer is not None:
+            hedge.timer.cancel()
+        if hedge.task is None:
+            return
+        hedge.task.cancel()
+        await asyncio.wait({hedge.task})
+        if hedge.answer is not None:
+            await hedge.answer.aclose()
+            hedge.answer = None
+        if hedge.attempt is not None and not hedge.attempt.done:
+            await self._landed(hedge.attempt)
+            await self._settle_unfinished(run, hedge.attempt, None)
+            self.metrics.count("hedges", hedge.attempt.use, "second")
+
     async def _whole(self, run: Run, attempt: Attempt, answer: Answer) -> None:
         reply = answer.reply
         assert reply is not None
         if run.trace is not None:
-            run.trace.answered(answer)
+            run.trace.answered(attempt, answer)
         ask = run.ask
         usage = self._believed(ask, attempt, reply.usage)
         told = Told("ok", "exact" if usage else "estimated", 200, usage, answer.first_byte_s)
@@ -638,7 +796,7 @@ class Calls:
             self.metrics.count("attempts", answer.upstream, failure.reason)
             told.status, told.settled = "error", "cap"
             if run.trace is not None:
-                run.trace.failed(failure)
+                run.trace.failed(attempt, failure)
             await self._last(run, attempt, answer, told, answer.fail(failure), metered)
             return
         if told.status == "cut":
@@ -653,7 +811,7 @@ class Calls:
         stream, request = answer.stream, run.request
         assert stream is not None
         if run.trace is not None:
-            run.trace.answered(answer)
+            run.trace.answered(attempt, answer)
         told.usage = self._believed(run.ask, attempt, stream.usage)
         if told.usage is not None:
             told.settled = "exact"
@@ -683,7 +841,7 @@ class Calls:
         before = attempt.money.reserved_nano
         refused = await attempt.money.emit(tokens)
         if attempt.money.reserved_nano > before:
-            await self._hold(run, attempt.money.reserved_nano - before)
+            await self._hold(run, attempt, attempt.money.reserved_nano - before)
         return refused is not None
 
     def _believed(self, ask: Ask, attempt: Attempt, usage: Usage | None) -> Usage | None:
@@ -704,10 +862,10 @@ class Calls:
 
     # --- money and memory ---------------------------------------------------------------------------------------------
 
-    async def _hold(self, run: Run, amount: Nano) -> None:
+    async def _hold(self, run: Run, attempt: Attempt, amount: Nano) -> None:
         """Write down what is set aside, before anything is spent of it."""
-        ask, attempt = run.ask, run.attempts[-1]
-        own_id = f"{ask.request_id}.{len(run.attempts)}.{attempt.money.reserved_nano}"
+        ask = run.ask
+        own_id = f"{ask.request_id}.{run.attempts.index(attempt) + 1}.{attempt.money.reserved_nano}"
         hold = Hold(own_id, ask.request_id, ask.at_ns, ask.key.id, ask.key.tenant, amount)
         attempt.writing = (self.store.hold(hold), amount)
         await self._landed(attempt)
@@ -741,7 +899,7 @@ class Calls:
         await attempt.money.settle(attempt.charged, usage.completion, ended=ended)
         attempt.done = True
         self.meter.learn_tokens(use, ask.text_bytes, usage.prompt)
-        self.board.came_back(use, ask.priced_as, usage.completion, time.perf_counter() - run.began)
+        self.board.came_back(use, ask.priced_as, usage.completion, time.perf_counter() - attempt.began)
 
     async def _close(self, run: Run, told: Told) -> None:
         """Write the entry, and return when it is durable."""
@@ -771,7 +929,7 @@ class Calls:
             task_class=ask.task_class or None,
             model_asked=ask.call.model or None,
             use=use,
-            upstream=run.attempts[-1].upstream if run.attempts else None,
+            upstream=run.asked.upstream if run.asked is not None else None,
             http_status=told.http_status,
             value_usd=ask.value,
             quality_expected=quality,

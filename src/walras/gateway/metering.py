@@ -129,6 +129,15 @@ class Lengths:
             known = self._known["mean"] = round(sum(p * (low + high) / 2 for p, low, high in ends))
         return known
 
+    def beyond(self, length: int) -> float:
+        """Expected length beyond this one, of what is longer; as much again where nothing was."""
+        mass = total = 0.0
+        for p, low, high in zip(self._shape(), (1, *_EDGES), _EDGES, strict=False):
+            if high > length:
+                mass += p
+                total += p * max((max(low, length) + high) / 2 - length, 0.0)
+        return total / mass if mass > 1e-9 else float(length)
+
     def _shape(self) -> list[float]:
         """Probability of each bucket."""
         prior = [0.0] * _BUCKETS if self._parent is None else [_TRUST * p for p in self._parent._shape()]

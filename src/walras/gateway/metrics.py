@@ -19,6 +19,7 @@ COUNTERS = {
     "attempts": ("Calls of upstreams by how they ended", ("upstream", "outcome")),
     "tokens": ("Tokens by kind", ("use", "kind")),
     "charged_usd": ("USD charged by upstreams", ("use",)),
+    "hedges": ("Second attempts beside a slow one, by whether they were first", ("use", "outcome")),
     "refused": ("Requests refused, by why", ("why",)),
     "surplus_usd": ("Expected net value of what was chosen, USD", ("use",)),
     "named_regret_usd": ("Expected net value lost because clients named their models, USD", ("use",)),

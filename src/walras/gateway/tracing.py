@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urlsplit
@@ -115,12 +116,22 @@ def _harmless(
     return safe
 
 
+@dataclass(slots=True)
+class _Client:
+    """The span of one attempt, and what became of it."""
+
+    span: Span
+    attempt: Attempt
+    answer: Answer | None = None
+    failure: Failure | RequestError | None = None
+    ended_ns: int | None = None
+
+
 class Trace:
     """The spans of one call, told what happens to it. They are filled in when it has ended."""
 
     __slots__ = (
-        "_answer", "_attempt", "_call", "_client", "_ended_ns", "_failure", "_inside", "_run", "_server", "_tracer",
-        "entry",
+        "_call", "_clients", "_inside", "_run", "_server", "_tracer", "entry",
     )  # fmt: skip
 
     def __init__(self, tracer: Tracer, run: Run) -> None:
@@ -139,11 +150,8 @@ class Trace:
         self._inside = set_span_in_context(self._server)
         self.entry: Entry | None = None
         """What the ledger is told."""
-        self._client: Span | None = None
-        self._attempt: Attempt | None = None
-        self._answer: Answer | None = None
-        self._failure: Failure | RequestError | None = None
-        self._ended_ns: int | None = None
+        self._clients: list[_Client] = []
+        """In the order in which they were asked; a hedge runs beside the one before it."""
 
     def _start(self, model: str, kind: SpanKind, parent: Context, at_ns: int) -> Span:
         model = model[:CHARACTERS]
@@ -159,24 +167,26 @@ class Trace:
         """An attempt goes out now: the headers that tell its upstream which span it belongs to."""
         if not self._server.is_recording():
             return _traceparent(self._server)
-        self._end_attempt(None)
         now, upstream = self._now(), self._tracer.upstreams[attempt.upstream]
         model = upstream.models[attempt.use].upstream_model or attempt.use
-        self._attempt, self._answer, self._failure, self._ended_ns = attempt, None, None, None
-        self._client = self._start(model, SpanKind.CLIENT, self._inside, now)
+        span = self._start(model, SpanKind.CLIENT, self._inside, now)
+        self._clients.append(_Client(span, attempt))
         self._tell_uses(now)
-        return _traceparent(self._client)
+        return _traceparent(span)
 
     @_harmless
-    def answered(self, answer: Answer) -> None:
+    def answered(self, attempt: Attempt, answer: Answer) -> None:
         """The attempt's answer has come to its end, or was ended."""
-        self._answer = answer
-        self._ended_ns = self._ended_ns or self._now()
+        for client in self._clients:
+            if client.attempt is attempt:
+                client.answer, client.ended_ns = answer, client.ended_ns or self._now()
 
     @_harmless
-    def failed(self, failure: Failure | RequestError) -> None:
+    def failed(self, attempt: Attempt, failure: Failure | RequestError) -> None:
         """The attempt has failed."""
-        self._failure, self._ended_ns = failure, self._now()
+        for client in self._clients:
+            if client.attempt is attempt:
+                client.failure, client.ended_ns = failure, self._now()
 
     @_harmless
     def end(self, error: BaseException | None) -> None:
@@ -186,7 +196,8 @@ class Trace:
         if not span.is_recording():
             return
         now, why = self._now(), self._why(error)
-        self._end_attempt(why)
+        for client in self._clients:
+            self._end_attempt(client, why)
         if not run.attempts:
             self._tell_uses(now)
         found = self._of_call()
@@ -201,7 +212,9 @@ class Trace:
         match error:
             case None:
                 status = "ok" if self.entry is None else self.entry.status
-                return None if status == "ok" else _reason(self._failure) or status
+                last = self._clients[-1].failure if self._clients else None
+                own = _reason(last) or ("cut" if status == "cut" else "internal")
+                return None if status == "ok" else own
             case HttpError():
                 return error.code
             case Gone():
@@ -211,19 +224,17 @@ class Trace:
             case _:  # cancelled
                 return "stopping"
 
-    def _end_attempt(self, why: str | None) -> None:
-        """Fill in the last attempt and end it. `why`: what the call ended with, if badly."""
-        span, attempt, answer = self._client, self._attempt, self._answer or self._run.answer
-        if span is None or attempt is None:
-            return
-        self._client = None
-        found = self._of_attempt(attempt)
-        if answer is not None and self.entry is not None:
+    def _end_attempt(self, client: _Client, why: str | None) -> None:
+        """Fill in an attempt and end it. `why`: what the call ended with, if badly."""
+        serves = client.attempt is self._run.asked
+        answer = client.answer or (self._run.answer if serves else None)
+        found = self._of_attempt(client, answer)
+        if serves and answer is not None and self.entry is not None:
             found |= self._of_answer(answer, self.entry)
-        span.set_attributes(found)
+        client.span.set_attributes(found)
         whole = answer is not None and answer.finished
-        _end_badly(span, _reason(self._failure) or (None if whole else why))
-        span.end(self._ended_ns or self._now())
+        _end_badly(client.span, _reason(client.failure) or (None if whole else why or "called_off"))
+        client.span.end(client.ended_ns or self._now())
 
     # --- what spans say -----------------------------------------------------------------------------------------------
 
@@ -238,9 +249,9 @@ class Trace:
             found["walras.class"] = ask.task_class
         if run.decision is not None:
             found["walras.prices_version"] = str(run.decision.version)
-        if run.chosen is not None and run.attempts:
+        if run.chosen is not None and run.asked is not None:
             found |= {
-                "gen_ai.provider.name": self._tracer.upstreams[run.attempts[-1].upstream].settings.kind,
+                "gen_ai.provider.name": self._tracer.upstreams[run.asked.upstream].settings.kind,
                 "gen_ai.response.model": run.chosen.use,
                 "walras.use": run.chosen.use,
                 "walras.surplus_usd": run.chosen.net,
@@ -256,8 +267,8 @@ class Trace:
                 found["http.response.status_code"] = entry.http_status
         return found
 
-    def _of_attempt(self, attempt: Attempt) -> _Attributes:
-        call, failure = self._run.ask.call, self._failure
+    def _of_attempt(self, client: _Client, answer: Answer | None) -> _Attributes:
+        call, attempt, failure = self._run.ask.call, client.attempt, client.failure
         found: _Attributes = {
             "gen_ai.provider.name": self._tracer.upstreams[attempt.upstream].settings.kind,
             "walras.use": attempt.use,
@@ -268,8 +279,8 @@ class Trace:
         if call.choices != 1:
             found["gen_ai.request.choice.count"] = call.choices
         places = self._tracer.places[attempt.upstream]
-        if self._answer is not None or len(places) == 1:
-            region = next(iter(places)) if self._answer is None else self._answer.region
+        if answer is not None or len(places) == 1:
+            region = next(iter(places)) if answer is None else answer.region
             found["server.address"], found["server.port"] = places[region]
         if isinstance(failure, Failure) and failure.status is not None:
             found["http.response.status_code"] = failure.status
@@ -292,7 +303,7 @@ class Trace:
         decision = self._run.decision
         if decision is None:
             return
-        # A text costs a tenth of a list for each term, and no store of traces looks into either.
+        # As lists these made a quarter of what a trace costs, and no store of traces looks into lists either.
         uses = [
             {"use": a.use} | {f"{term}_usd": getattr(a, term) for term in TERMS}
             for a in decision.ranked[:SHOWN]

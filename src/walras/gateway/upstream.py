@@ -507,6 +507,11 @@ class Upstream:
         return self.models[model]
 
     @property
+    def passing(self) -> int:
+        """Keys at regions that may be used now."""
+        return sum(route.breaker.passes for route in self._routes)
+
+    @property
     def up(self) -> bool:
         """Whether any key may be used, if only for a trial."""
         return any(route.breaker.state != "open" for route in self._routes)
@@ -727,6 +732,8 @@ class Answer:
         self._upstream, self._call, self._stamp = upstream, call, stamp
         self._response, self._lease, self._started = response, lease, started
         self._silent = True
+        self._chunks, self._early = aiter(response), b""
+        """Of a stream: what is still to come, and its first bytes."""
 
     @property
     def usage(self) -> Usage | None:
@@ -760,11 +767,17 @@ class Answer:
         self._complete()
 
     async def expect_events(self) -> Answer:
+        """Wait for the first bytes of a stream."""
         if not self._response.headers.get("content-type", "").lower().startswith("text/event-stream"):
             await self._response.aclose()
             raise self._lease.failed("garbled", "answered a stream with something else", charged=True)
         self._lease.proved()
         self.stream = Stream(self._call, self._upstream.spoken, self._stamp)
+        try:
+            self._early = await anext(self._chunks, b"")
+        except BaseException:
+            await self._response.aclose()
+            raise
         return self
 
     async def __aiter__(self) -> AsyncGenerator[bytes, None]:
@@ -774,9 +787,10 @@ class Answer:
             return
         begun = False
         try:
-            chunks = aiter(self._response)
-            async for data in chunks:
+            data = self._early
+            while data or (data := await anext(self._chunks, b"")):
                 out = stream.feed(data)
+                data = b""
                 if stream.error is not None:
                     break
                 if self._silent and stream.pieces:
@@ -788,7 +802,7 @@ class Answer:
                     begun = True
                     yield out
                 if stream.finished:
-                    await _drain(chunks)
+                    await _drain(self._chunks)
                     return
             last = stream.close()
             if stream.error is not None:
