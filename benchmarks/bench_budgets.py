@@ -1,6 +1,6 @@
 """Budgets under concurrency: 256 streams of heavy-tailed length against one budget, with failures, cuts and clients that leave.
 
-    python benchmarks/bench_budgets.py [--litellm VENV] [--seeds N] [--write]
+    python benchmarks/bench_budgets.py [--litellm VENV] [--seeds N] [--litellm-seeds N] [--write]
 
 The provider (`gateway/provider.py`) keeps its own bill. LiteLLM is run as bench_gateway.py does.
 """
@@ -342,7 +342,7 @@ HEAD = (
 )
 LEGEND = f"""\
 {CLIENTS} clients stream from one gateway process with one budget of {BUDGET_NANO / 1e9:g} USD until they are refused while nothing is under way; who is
-refused waits {FIRST_S:g} s, then twice that, up to {LAST_S:g}. A SIMULATED provider keeps the bill: lognormal lengths (median {MEDIAN}, σ {SIGMA}, at most {MOST_TOKENS},
+refused waits {FIRST_S:g} s, then twice that, up to {LAST_S:g}; after {MOST_S:g} s no call is begun. A SIMULATED provider keeps the bill: lognormal lengths (median {MEDIAN}, σ {SIGMA}, at most {MOST_TOKENS},
 which clients ask for), a token each {TOKEN_S * 1e3:g} ms a stream, {INPUT_NANO / 1e3:g} and {OUTPUT_NANO / 1e3:g} USD per million tokens; {FAIL:.0%} of calls fail with 500,
 {CUT:.0%} of streams are cut in the middle, {LEAVE:.0%} of clients leave in the middle. **What it made is what was spent**, whoever read it; a
 metering step is {STEP} tokens, {STEP * OUTPUT_NANO / 1e9:g} USD. Medians of {{seeds}} seeds, and the range.
@@ -354,6 +354,7 @@ budget, started again on the same state; both lives count together.
 LITELLM_LEGEND = """\
 **LiteLLM** {version} has a key with the same budget. Its own code checks it, reserves `max_tokens` before the call and settles after it; a hook
 keeps the key and takes the spend log, since its database cannot be had here. *Unreserved* has its option `disable_budget_reservation`.
+{seeds} seeds.
 """
 
 
@@ -406,6 +407,7 @@ def main() -> None:
     )
     parser.add_argument("--litellm", type=Path, help="virtual environment that holds LiteLLM")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--litellm-seeds", type=int, default=2, help="a run of it takes five minutes")
     parser.add_argument("--write", action="store_true", help="put the table on the page of benchmarks")
     options = parser.parse_args()
     os.sched_setaffinity(0, {int(LOAD_CORE)})
@@ -416,12 +418,13 @@ def main() -> None:
     if options.litellm:
         for name, unreserved in (("LiteLLM", False), ("LiteLLM, unreserved", True)):
             runs[name] = [
-                uvloop.run(with_litellm(options.litellm, seed, unreserved)) for seed in range(options.seeds)
+                uvloop.run(with_litellm(options.litellm, seed, unreserved))
+                for seed in range(options.litellm_seeds)
             ]
             print(row(name, runs[name]), flush=True)
     lines = [f"## Budgets\n\n{LEGEND.format(seeds=options.seeds)}"]
     if options.litellm:
-        lines.append(LITELLM_LEGEND.format(version=_version(options.litellm)))
+        lines.append(LITELLM_LEGEND.format(version=_version(options.litellm), seeds=options.litellm_seeds))
     lines += ["| | " + " | ".join(HEAD) + " |", "|---|" + "---:|" * len(HEAD)]
     lines += [row(name, found) for name, found in runs.items()]
     text = "\n".join([*lines, "", *(told(name, found) for name, found in runs.items())])

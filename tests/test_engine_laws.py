@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines import Case, flat_steps, random_case
+from walras.engine.externality import ResourcePrices, cost_to_others, resource_prices
 from walras.engine.generated import Bursty, Lengths, Poisson, Sessions, generate
 from walras.engine.replay import Intervals, Replay, Served
 from walras.engine.requests import Requests
@@ -226,6 +227,68 @@ def test_queues_with_one_server_have_their_known_means(law: str) -> None:
     assert served.queue_s.mean() == pytest.approx(known, rel=0.01)
     assert served.latency_s.mean() == pytest.approx(known + 1, rel=0.01)
     assert (served.queue_s < 1e-9).mean() == pytest.approx(1 - load, rel=0.01)
+
+
+def lindley(arrivals: np.ndarray, services: np.ndarray) -> np.ndarray:
+    """When each ends in a queue with one server."""
+    done = np.cumsum(services)
+    ends: np.ndarray = done + np.maximum.accumulate(arrivals - (done - services))
+    return ends
+
+
+def test_what_a_request_costs_others_is_what_the_queue_with_one_server_says() -> None:
+    random, n, token_s, price = np.random.default_rng(4), 400, 1e-3, 0.25
+    tokens, arrivals = random.integers(100, 1500, n), np.cumsum(random.exponential(1.0, n))
+    requests = Requests(arrivals, tokens, np.ones(n, dtype=np.int64), delay_price=np.full(n, price))
+    engine = EngineSettings(
+        kv_blocks=1500, block_tokens=1, max_batched_tokens=1500, max_sequences=1, prefix_caching=False
+    )
+    replay = Replay(engine, flat_steps(1500, 1, 0.0, token_s), requests=requests, interval_s=None)
+    now, horizon = 150.3, 400.0
+    replay.run(now)
+    extra = Requests(
+        np.array([now + 1, now + 2]), np.array([1400, 200]), np.array([1, 1]), delay_price=np.ones(2)
+    )
+    found = cost_to_others(replay, extra, horizon)
+    without = lindley(arrivals, token_s * tokens)
+    for row in range(2):
+        at = int(np.searchsorted(arrivals, extra.arrival_s[row]))
+        services = np.insert(token_s * tokens, at, token_s * extra.input_tokens[row])
+        ends = np.delete(lindley(np.insert(arrivals, at, extra.arrival_s[row]), services), at)
+        assert found[row] == pytest.approx(price * (ends - without).sum(), rel=1e-6)
+        assert found[row] > 0
+    assert replay.now_s == now
+
+
+def test_prices_are_nothing_in_an_idle_engine_and_rise_with_load() -> None:
+    engine = EngineSettings(kv_blocks=2000, block_tokens=16, max_batched_tokens=256, max_sequences=32)
+    lengths, steps = Lengths.lognormal(200, 50, 0.7), flat_steps(256, 32, 0.01, 1e-4)
+
+    def prices(rate: float) -> ResourcePrices:
+        requests = next(generate(Poisson(rate), lengths, 2000, seed=1))
+        replay = Replay(engine, steps, requests=requests, interval_s=None)
+        return resource_prices(replay, lengths, float(requests.arrival_s[1900]), probes=60, horizon_s=20.0)
+
+    idle, light, heavy = prices(0.001), prices(5.0), prices(25.0)
+    assert (idle.prefill_token, idle.decode_token, idle.kv_block_s) == (0.0, 0.0, 0.0)
+    assert 0 < light.prefill_token < heavy.prefill_token
+    assert 0 < light.decode_token < heavy.decode_token
+    assert light.prefill_token > 3 * light.errors[0]
+    assert heavy.prefill_token - light.prefill_token > 3 * np.hypot(light.errors[0], heavy.errors[0])
+
+
+def test_memory_has_a_price_where_it_binds_and_none_where_it_does_not() -> None:
+    lengths, steps = Lengths.lognormal(200, 50, 0.7), flat_steps(256, 32, 0.01, 1e-4)
+    requests = next(generate(Poisson(18.0), lengths, 1500, seed=1))
+
+    def price(kv_blocks: int) -> ResourcePrices:
+        engine = EngineSettings(kv_blocks, 16, max_batched_tokens=256, max_sequences=32, prefix_caching=False)
+        replay = Replay(engine, steps, requests=requests, interval_s=None)
+        return resource_prices(replay, lengths, float(requests.arrival_s[-1]), probes=40, horizon_s=20.0)
+
+    tight, ample = price(220), price(5000)
+    assert ample.kv_block_s == pytest.approx(0.0, abs=1e-12)
+    assert tight.kv_block_s > 3 * tight.errors[2]
 
 
 def test_sessions_keep_their_prefix_and_later_calls_find_it() -> None:

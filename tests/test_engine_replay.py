@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from engines import Case, flat_steps, random_case
 from token_by_token import Engine
+from walras.engine.externality import resource_prices
 from walras.engine.generated import Bursty, Diurnal, Lengths, Poisson, Sessions, Switching, generate
 from walras.engine.replay import Intervals, Replay, Served, stream
 from walras.engine.requests import Requests
@@ -388,6 +389,12 @@ def test_what_an_engine_cannot_serve_is_named_before_it_runs() -> None:
         replay.branch(close=[0])
     with pytest.raises(SettingsError, match="there is no worker 3"):
         replay.branch(close=[3])
+    with pytest.raises(SettingsError, match=r"\[65\] of \[64\] free blocks"):
+        replay.branch(block=[65])
+    with pytest.raises(SettingsError, match="a time after now"):
+        resource_prices(replay, Lengths.lognormal(9, 9, 1), 0.5)
+    with pytest.raises(SettingsError, match="tell no error"):
+        resource_prices(replay, Lengths.lognormal(9, 9, 1), 500.0, probes=1)
 
 
 @pytest.mark.parametrize(

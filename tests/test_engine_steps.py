@@ -420,6 +420,32 @@ def run_of(data_dir: DataDir, name: str, kind: str) -> dict[str, np.ndarray]:
     return {key: table[key].to_numpy() for key in table.column_names if key not in ("run", "request_id")}
 
 
+def measured_layers(data_dir: DataDir, gpu: str) -> tuple[pa.Table, pa.Table, pa.Table]:
+    """The public layer times of Llama 3.1 8B on one GPU."""
+    tables = []
+    for kind in ("dense", "attention", "per_sequence"):
+        table = pq.read_table(data_dir / f"serving/gpu_profile_{kind}_us.parquet")
+        mine = (
+            (pc.field("gpu") == gpu)
+            & (pc.field("model") == "meta-llama/Llama-3.1-8B")
+            & (pc.field("tp") == 1)
+        )
+        tables.append(table.filter(mine))
+    return tables[0], tables[1], tables[2]
+
+
+@pytest.mark.data
+def test_a_shipped_profile_is_the_fit_of_its_source(data_dir: DataDir) -> None:
+    kept = load_profile("rtx4090-llama3.1-8b")
+    fitted = fit_layers(
+        kept.name, kept.source, measured_layers(data_dir, "RTX4090"), Shape(32, 8, 128), kept.limits
+    )
+    for name in ("tokens", "dense_s", "sequences", "decode_s", "decode_kv_s", "mixed_s", "mixed_kv_s"):
+        assert getattr(kept, name) == pytest.approx(getattr(fitted, name), rel=1e-4)
+    assert (kept.overhead_s, kept.pair_s) == pytest.approx((fitted.overhead_s, fitted.pair_s), rel=1e-4)
+    assert kept.error.median == pytest.approx(fitted.error.median, rel=1e-4)
+
+
 @pytest.mark.data
 @pytest.mark.parametrize(
     ("run", "gpu", "processors", "spread", "limits"),
@@ -432,17 +458,8 @@ def test_layers_predict_measured_runs(
     data_dir: DataDir, run: str, gpu: str, processors: int, spread: float, limits: Limits
 ) -> None:
     """Layers timed alone, and the spread of contexts that fits the other run best: nothing is fitted to the run itself."""
-    tables = []
-    for kind in ("dense", "attention", "per_sequence"):
-        table = pq.read_table(data_dir / f"serving/gpu_profile_{kind}_us.parquet")
-        mine = (
-            (pc.field("gpu") == gpu)
-            & (pc.field("model") == "meta-llama/Llama-3.1-8B")
-            & (pc.field("tp") == 1)
-        )
-        tables.append(table.filter(mine))
     shape = Shape(32, 8, processors, spread=spread)
-    fitted = fit_layers(run, "a test", (tables[0], tables[1], tables[2]), shape, limits)
+    fitted = fit_layers(run, "a test", measured_layers(data_dir, gpu), shape, limits)
     q = run_of(data_dir, run, "requests")
     settings = EngineSettings(
         limits.kv_tokens // 16,

@@ -483,6 +483,7 @@ def finish(rules, columns, state, log, w, s, kv, time):
     entry.request, entry.arrival_s, entry.end_s = columns.number[row], slot.arrived, time
     entry.queue_s, entry.ttft_s = slot.started - slot.arrived, slot.first - slot.arrived
     entry.tpot_s = (time - slot.first) / (slot.generated - 1) if slot.generated > 1 else 0.0
+    entry.delay_price = columns.weight[row]
     entry.cached_tokens, entry.preemptions = slot.hit, slot.preemptions
     entry.worker, entry.prefill_worker = w, slot.origin if slot.origin >= 0 else w
     child = columns.child[row]

@@ -65,6 +65,8 @@ class Served:
     """(end − first token) / (output tokens − 1); 0 for one token."""
     end_s: FloatArray
     """When its last token came, from the beginning of the trace."""
+    delay_price: FloatArray
+    """USD per second of its delay; 1 where none was given."""
     cached_tokens: IntArray
     """Prompt tokens found in memory when it was first admitted."""
     preemptions: IntArray
@@ -304,7 +306,7 @@ class Replay:
         request = np.concatenate([served.request, columns.number[live["row"]]])
         begin = np.concatenate([served.arrival_s, live["arrived"]])
         end = np.concatenate([served.end_s, np.full(len(live), self.now_s)])
-        price = columns.weight[np.searchsorted(columns.number, request)]
+        price = np.concatenate([served.delay_price, columns.weight[live["row"]]])
         seconds = np.maximum(end - np.maximum(begin, since_s), 0.0)
         return float((price * seconds)[~np.isin(request, np.asarray(without, dtype=np.int64))].sum())
 

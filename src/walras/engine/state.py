@@ -133,6 +133,7 @@ SERVED = np.dtype(
         ("ttft_s", np.float64),
         ("tpot_s", np.float64),
         ("end_s", np.float64),
+        ("delay_price", np.float64),
         ("cached_tokens", np.int64),
         ("preemptions", np.int32),
         ("worker", np.int32),
