@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from walras.gateway.keys import KeyStore
+from walras.ledger.store import LEDGER
 
 WALRAS = str(Path(sys.executable).with_name("walras"))
 START_S = 60.0
@@ -61,7 +62,9 @@ class Service:
                 self.process.stdout.close()
 
 
-def start(folder: Path, settings_toml: str | None = None, key: str = "") -> Service:
+def start(
+    folder: Path, settings_toml: str | None = None, key: str = "", ledger: str | None = None
+) -> Service:
     """Start it on the state in `folder`/data, which may be there already; then give the `key` it was told first."""
     folder.mkdir(parents=True, exist_ok=True)
     data, log = folder / "data", folder / "serve.log"
@@ -80,7 +83,11 @@ def start(folder: Path, settings_toml: str | None = None, key: str = "") -> Serv
         command += ["--settings", str(settings)]
     with log.open("a", encoding="utf-8") as stderr:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=dict(os.environ)
+            command,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=os.environ | ({} if ledger is None else {LEDGER: ledger}),
         )
     service = Service("", key, data, log, process)
     line = _first_line(process)
@@ -104,15 +111,18 @@ def _first_line(process: subprocess.Popen[str]) -> str:
 
 
 @contextmanager
-def running(folder: Path, settings_toml: str | None = None, key: str = "") -> Iterator[Service]:
+def running(
+    folder: Path, settings_toml: str | None = None, key: str = "", ledger: str | None = None
+) -> Iterator[Service]:
     """A service for the length of a block; it is stopped at the end if it still runs.
 
     Args:
         folder: where state (`data`), settings and log go; the same folder again goes on with its state.
         settings_toml: the text of economy.toml; none means simulated providers.
         key: the key of an earlier start on the same state, because a secret is told once.
+        ledger: the URL of another ledger than the file in the folder.
     """
-    service = start(folder, settings_toml, key)
+    service = start(folder, settings_toml, key, ledger)
     try:
         yield service
     finally:

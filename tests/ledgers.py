@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,44 +89,72 @@ def postgres_binaries() -> Path | None:
     )
 
 
-@contextmanager
-def postgres_server(binaries: Path, fsync: str = "off") -> Iterator[str]:
-    """The URL of a private cluster, which ends with the block."""
-    with tempfile.TemporaryDirectory(prefix="walras-pg-") as name:
-        yield from _serve(binaries, Path(name), fsync)
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A private server that can be stopped and started again."""
 
+    binaries: Path
+    folder: Path
+    port: int
+    options: str
+    user: dict[str, Any]
 
-def _serve(binaries: Path, folder: Path, fsync: str) -> Iterator[str]:
-    user: dict[str, Any] = {}
-    if os.geteuid() == 0:  # which PostgreSQL refuses to be run by
-        nobody = pwd.getpwnam("nobody")
-        user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    @property
+    def url(self) -> str:
+        return f"postgresql://walras@127.0.0.1:{self.port}/postgres"
 
-    def run(tool: str, *options: str) -> None:
-        command = [str(binaries / tool), "-D", str(folder / "cluster"), *options]
+    def start(self) -> None:
+        self._run("pg_ctl", "-w", "-l", str(self.folder / "log"), "-o", self.options, "start")
+
+    def stop(self) -> None:
+        """As if it had crashed."""
+        self._run("pg_ctl", "-w", "-m", "immediate", "stop")
+
+    def _run(self, tool: str, *options: str) -> None:
+        command = [str(self.binaries / tool), "-D", str(self.folder / "cluster"), *options]
         done = subprocess.run(
             command,
-            cwd=folder,
+            cwd=self.folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             timeout=60,
             check=False,
-            **user,
+            **self.user,
         )
         assert done.returncode == 0, done.stderr
 
-    run("initdb", "-U", "walras", "--auth=trust", "--no-sync", "-E", "UTF8", "--locale=C")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c shared_buffers=16MB -c fsync={fsync}"
-    run("pg_ctl", "-w", "-l", str(folder / "log"), "-o", options, "start")
-    try:
-        yield f"postgresql://walras@127.0.0.1:{port}/postgres"
-    finally:
-        run("pg_ctl", "-w", "-m", "immediate", "stop")
+    def make(self) -> None:
+        self._run("initdb", "-U", "walras", "--auth=trust", "--no-sync", "-E", "UTF8", "--locale=C")
+
+
+@contextmanager
+def postgres_cluster(binaries: Path, fsync: str = "off") -> Iterator[Cluster]:
+    """A server that runs, and ends with the block."""
+    with tempfile.TemporaryDirectory(prefix="walras-pg-") as name:
+        folder, user = Path(name), dict[str, Any]()
+        if os.geteuid() == 0:  # which PostgreSQL refuses to be run by
+            nobody = pwd.getpwnam("nobody")
+            user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c shared_buffers=16MB -c fsync={fsync}"
+        cluster = Cluster(binaries, folder, port, options, user)
+        cluster.make()
+        cluster.start()
+        try:
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+@contextmanager
+def postgres_server(binaries: Path, fsync: str = "off") -> Iterator[str]:
+    """The URL of one."""
+    with postgres_cluster(binaries, fsync) as cluster:
+        yield cluster.url
 
 
 # --- a process to kill ------------------------------------------------------------------------------------------------

@@ -20,6 +20,9 @@ import numpy as np
 from numba import njit
 
 compiled: Any = njit(nogil=True, cache=True, error_model="numpy")
+"""What Python calls."""
+inner: Any = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""What only compiled code calls, and is kept on disk with it: without an entry for Python it compiles in less time."""
 
 NODE = np.dtype(
     [
@@ -28,18 +31,19 @@ NODE = np.dtype(
         ("after", np.int32),
         ("blocks", np.int32),
         ("refs", np.int32),
-    ]
+    ],
+    align=True,
 )
 
 
-@compiled
+@inner
 def _home(table, id):  # noqa: A002
     """Where the search for an id begins: Fibonacci hashing."""
     mixed = np.uint64(id) * np.uint64(0x9E3779B97F4A7C15)
     return np.int64(mixed >> np.uint64(32)) & (table.size - 1)
 
 
-@compiled
+@inner
 def find(node, table, id):  # noqa: A002
     """The node of a chunk, −1 where it is not in memory."""
     at = _home(table, id)
@@ -50,7 +54,7 @@ def find(node, table, id):  # noqa: A002
     return -1
 
 
-@compiled
+@inner
 def _enter(node, table, e):
     at = _home(table, node[e].id)
     while table[at] >= 0:
@@ -58,7 +62,7 @@ def _enter(node, table, e):
     table[at] = e
 
 
-@compiled
+@inner
 def _leave(node, table, e):
     """Take a chunk out, and move up those that stand behind it only because it was there."""
     last = table.size - 1
@@ -84,13 +88,13 @@ def clear(me, node, table):
     table[:] = -1
 
 
-@compiled
+@inner
 def _unlink(node, e):
     node[node[e].before].after = node[e].after
     node[node[e].after].before = node[e].before
 
 
-@compiled
+@inner
 def _append(node, e):
     """To the end of the list: the last to be thrown out."""
     head = node.size - 1
@@ -100,7 +104,7 @@ def _append(node, e):
     node[head].before = e
 
 
-@compiled
+@inner
 def _new(me, node, id, blocks, refs):  # noqa: A002
     e = me.spare
     me.spare = node[e].after
@@ -108,13 +112,13 @@ def _new(me, node, id, blocks, refs):  # noqa: A002
     return e
 
 
-@compiled
+@inner
 def _scrap(me, node, e):
     node[e].refs, node[e].after = -2, me.spare
     me.spare = e
 
 
-@compiled
+@inner
 def _merge(me, node, e):
     """One run out of two that stand together and will never be read: so there are never more of these than of the others."""
     before = node[e].before
@@ -124,13 +128,12 @@ def _merge(me, node, e):
         _scrap(me, node, e)
 
 
-@compiled
 def nodes_needed(blocks, per_chunk, sequences):
     """Most nodes a memory can need, the head included: chunks, a run of each preempted sequence, and runs between them."""
     return min(blocks, 2 * (blocks // per_chunk) + 2 * sequences + 2) + 1
 
 
-@compiled
+@inner
 def take(me, node, table, blocks):
     """Take blocks out of the free ones, the empty first; the caller has seen that there are enough."""
     me.free -= blocks
@@ -153,7 +156,7 @@ def take(me, node, table, blocks):
     me.empty = -short
 
 
-@compiled
+@inner
 def matching(node, table, ids, most):
     """How many of the first `most` chunks are in memory without a gap, and how many of those nobody holds."""
     idle = 0
@@ -165,7 +168,7 @@ def matching(node, table, ids, most):
     return most, idle
 
 
-@compiled
+@inner
 def hold(me, node, table, ids, count):
     """Hold the first `count` chunks, which are in memory."""
     for j in range(count):
@@ -178,7 +181,7 @@ def hold(me, node, table, ids, count):
         node[e].refs += 1
 
 
-@compiled
+@inner
 def publish(me, node, table, ids, shared, covered, per_chunk):
     """Make a sequence's own chunks from `shared` up to `covered` findable; returns how many it shares now.
 
@@ -190,7 +193,7 @@ def publish(me, node, table, ids, shared, covered, per_chunk):
     return shared
 
 
-@compiled
+@inner
 def release(me, node, table, ids, shared, own, tag, caching):
     """Let go of the first `shared` chunks and of `own` blocks; returns the node of the run with the tag, or −1."""
     run = -1
@@ -212,13 +215,13 @@ def release(me, node, table, ids, shared, own, tag, caching):
     return run
 
 
-@compiled
+@inner
 def left_of(node, run, tag):
     """How many blocks of a preempted sequence's own run are still there."""
     return node[run].blocks if run >= 0 and node[run].refs == -1 and node[run].id == tag else 0
 
 
-@compiled
+@inner
 def reclaim(me, node, run, blocks):
     """Take the first `blocks` of a run back; what is left of it will never be read again."""
     node[run].id = -1

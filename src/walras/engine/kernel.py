@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from walras.engine.cache import compiled, hold, left_of, matching, publish, reclaim, release, take
+from walras.engine.cache import compiled, hold, inner, left_of, matching, publish, reclaim, release, take
 from walras.engine.state import (
     CALL,
     DECODING,
@@ -30,7 +30,7 @@ from walras.engine.state import (
 )
 
 
-@compiled
+@inner
 def floor_sum(n, unit, rate, first):
     """Σ_{j<n} ⌊(first + j·rate) / unit⌋, in logarithmic time."""
     total = 0
@@ -43,20 +43,20 @@ def floor_sum(n, unit, rate, first):
         n, first, rate, unit = most // unit, most % unit, unit, rate
 
 
-@compiled
+@inner
 def tokens_at(rules, steps):
     """What a sequence that decodes from the first step on has emitted after `steps`."""
     return steps * rules.rate // rules.unit
 
 
-@compiled
+@inner
 def run_s(rules, me, steps):
     """Seconds of the first `steps` steps of a run that only decodes."""
     grown = floor_sum(steps, rules.unit, rules.rate, me.done * rules.rate % rules.unit)
     return steps * me.fixed_s + me.kv_s * (steps * me.kv + me.n * grown)
 
 
-@compiled
+@inner
 def steps_by(rules, me, seconds):
     """The fewest of the planned steps, at least one, that take so many seconds."""
     low, high = 1, me.steps
@@ -69,7 +69,7 @@ def steps_by(rules, me, seconds):
     return low
 
 
-@compiled
+@inner
 def blocks_for(phase, n, at, tokens):
     """Blocks that n sequences need to go from token count `at` on by `tokens`."""
     rounds = tokens // phase.size
@@ -79,7 +79,7 @@ def blocks_for(phase, n, at, tokens):
     return need
 
 
-@compiled
+@inner
 def tokens_for(phase, n, at, blocks):
     """How many tokens from `at` on n ≥ 1 sequences can go with so many blocks."""
     rounds = blocks // n
@@ -90,7 +90,7 @@ def tokens_for(phase, n, at, blocks):
     return tokens
 
 
-@compiled
+@inner
 def plan_end(tree, w, time):
     """Set when worker w is next looked at; the root of the tree is the earliest."""
     at = tree.size // 2 + w
@@ -100,12 +100,12 @@ def plan_end(tree, w, time):
         tree[at] = min(tree[2 * at], tree[2 * at + 1])
 
 
-@compiled
+@inner
 def _earlier(a, b):
     return a.time < b.time or (a.time == b.time and a.ticket < b.ticket)
 
 
-@compiled
+@inner
 def postpone(clock, later, time, what, item):
     """Put what falls due at `time` into the heap."""
     at = clock.due
@@ -118,7 +118,7 @@ def postpone(clock, later, time, what, item):
         at = (at - 1) // 2
 
 
-@compiled
+@inner
 def _swap(later, a, b):
     x, y = later[a], later[b]
     x.time, y.time = y.time, x.time
@@ -127,7 +127,7 @@ def _swap(later, a, b):
     x.who, y.who = y.who, x.who
 
 
-@compiled
+@inner
 def next_due(clock, later):
     """Take the first of the heap out: (what, item)."""
     what, item = later[0].what, later[0].who
@@ -145,19 +145,19 @@ def next_due(clock, later):
     return what, item
 
 
-@compiled
+@inner
 def _ends_first(slots, a, b):
     return a.key < b.key or (a.key == b.key and slots[a.slot].order < slots[b.slot].order)
 
 
-@compiled
+@inner
 def _exchange(heap, a, b):
     x, y = heap[a], heap[b]
     x.key, y.key = y.key, x.key
     x.slot, y.slot = y.slot, x.slot
 
 
-@compiled
+@inner
 def _sift(heap, slots, at, count):
     """Put the entry at `at` in its place, up or down."""
     while at > 0 and _ends_first(slots, heap[at], heap[(at - 1) // 2]):
@@ -173,7 +173,7 @@ def _sift(heap, slots, at, count):
         at = below
 
 
-@compiled
+@inner
 def join(rules, me, slots, heap, phase, s, kv):
     """A sequence with `kv` tokens of KV begins to decode; what it has still to emit is set by its `finish` − T."""
     slot, now = slots[s], tokens_at(rules, me.done)
@@ -185,7 +185,7 @@ def join(rules, me, slots, heap, phase, s, kv):
     _sift(heap, slots, me.n - 1, me.n)
 
 
-@compiled
+@inner
 def leave(rules, me, slots, heap, phase, at):
     """The sequence at place `at` of the heap decodes no more; returns its KV tokens."""
     slot = slots[heap[at].slot]
@@ -199,7 +199,7 @@ def leave(rules, me, slots, heap, phase, at):
     return kv
 
 
-@compiled
+@inner
 def _run_last(me, slots, s, ticket):
     """To the end of the running."""
     slot = slots[s]
@@ -212,7 +212,7 @@ def _run_last(me, slots, s, ticket):
     me.running += 1
 
 
-@compiled
+@inner
 def _run_no_more(me, slots, s):
     slot = slots[s]
     if slot.before >= 0:
@@ -226,7 +226,7 @@ def _run_no_more(me, slots, s):
     me.running -= 1
 
 
-@compiled
+@inner
 def _wait_first(me, slots, s):
     slots[s].after = me.head
     if me.head < 0:
@@ -235,7 +235,7 @@ def _wait_first(me, slots, s):
     me.waiting += 1
 
 
-@compiled
+@inner
 def _wait_last(me, slots, s):
     slots[s].after = -1
     if me.head < 0:
@@ -246,7 +246,7 @@ def _wait_last(me, slots, s):
     me.waiting += 1
 
 
-@compiled
+@inner
 def _wait_no_more(me, slots):
     me.head = slots[me.head].after
     if me.head < 0:
@@ -254,20 +254,20 @@ def _wait_no_more(me, slots):
     me.waiting -= 1
 
 
-@compiled
+@inner
 def _ids_of(columns, row):
     return columns.ids[columns.offsets[row] : columns.offsets[row + 1]]
 
 
-@compiled
-def _let_go(rules, columns, me, node, table, slot, kv, tag):
-    """Give back a sequence's blocks; returns the node of its own run, if it has the tag."""
+@inner
+def _let_go(rules, columns, me, node, table, slot, kv):
+    """Give back a sequence's blocks; returns the node of its own run, which it can find by its tag, if it has one."""
     own = -(-kv // rules.block) - slot.shared * rules.per_chunk
     ids = _ids_of(columns, slot.row)
-    return release(me, node, table, ids, slot.shared, own, tag, rules.caching)
+    return release(me, node, table, ids, slot.shared, own, slot.tag, rules.caching)
 
 
-@compiled
+@inner
 def preempt(rules, clock, columns, me, slots, node, table, heap, phase):
     """Throw out the last of the running: its KV is lost (unless found again), it waits first in line."""
     s = me.last
@@ -284,7 +284,7 @@ def preempt(rules, clock, columns, me, slots, node, table, heap, phase):
     _run_no_more(me, slots, s)
     slot.tag = clock.ticket
     clock.ticket += 1
-    slot.run = _let_go(rules, columns, me, node, table, slot, kv, slot.tag)
+    slot.run = _let_go(rules, columns, me, node, table, slot, kv)
     slot.whole = kv // rules.block - slot.shared * rules.per_chunk
     slot.goal, slot.computed, slot.ready = columns.input[slot.row] + slot.generated, 0, False
     slot.preemptions += 1
@@ -292,7 +292,7 @@ def preempt(rules, clock, columns, me, slots, node, table, heap, phase):
     _wait_first(me, slots, s)
 
 
-@compiled
+@inner
 def _fits(rules, columns, me, node, table, slot, budget, tokens):
     """What it takes to admit: (chunks found, own blocks found again, new tokens, new blocks); −1 chunks: it does not fit."""
     row = slot.row
@@ -322,7 +322,7 @@ def _fits(rules, columns, me, node, table, slot, budget, tokens):
     return found, again, new, -(-to // rules.block) - held
 
 
-@compiled
+@inner
 def _cover(rules, columns, me, node, table, slot):
     """Make the chunks that are computed by the end of this step findable."""
     if rules.caching:
@@ -331,7 +331,7 @@ def _cover(rules, columns, me, node, table, slot):
         slot.shared = publish(me, node, table, ids, slot.shared, covered, rules.per_chunk)
 
 
-@compiled
+@inner
 def admit(rules, clock, columns, state, w, budget, visible, stamp):
     """Admit waiting requests while they fit; returns (new prefill tokens, their attention pairs)."""
     me, slots, node, table = state.workers[w], state.slots, state.nodes[w], state.table[w]
@@ -351,7 +351,7 @@ def admit(rules, clock, columns, state, w, budget, visible, stamp):
         if left_of(node, slot.run, slot.tag) > 0:
             reclaim(me, node, slot.run, again)
         take(me, node, table, blocks)
-        slot.run, slot.shared = -1, found
+        slot.run, slot.tag, slot.shared = -1, -1, found
         have = found * rules.prefix + again * rules.block
         _run_last(me, slots, s, clock.ticket)
         clock.ticket += 1
@@ -377,7 +377,7 @@ def admit(rules, clock, columns, state, w, budget, visible, stamp):
     return total, pairs
 
 
-@compiled
+@inner
 def resume(rules, columns, me, slots, node, table, prompts, budget):
     """Go on with the prompt that is not done; returns (new tokens, their attention pairs), or −1 where no block is left."""
     s = me.partial
@@ -397,7 +397,7 @@ def resume(rules, columns, me, slots, node, table, prompts, budget):
     return new, pairs
 
 
-@compiled
+@inner
 def plan_run(rules, me, heap, phase, single):
     """How many steps go on with nobody coming or going, and with blocks for all of them."""
     if single:
@@ -411,7 +411,7 @@ def plan_run(rules, me, heap, phase, single):
     return steps
 
 
-@compiled
+@inner
 def compose(rules, columns, tables, state, w, time, visible, stamp):
     """Compose the next step of a worker and plan until when it holds; returns whether there is anything to do."""
     clock = state.clock[0]
@@ -465,7 +465,7 @@ def compose(rules, columns, tables, state, w, time, visible, stamp):
     return True
 
 
-@compiled
+@inner
 def _spare(clock, slots, s):
     slots[s].row = -1
     slots[s].after = clock.spare
@@ -473,7 +473,7 @@ def _spare(clock, slots, s):
     clock.live -= 1
 
 
-@compiled
+@inner
 def finish(rules, columns, state, log, w, s, kv, time):
     """A sequence has emitted its last token: write it down, and let what waits for it fall due."""
     clock, me, slots = state.clock[0], state.workers[w], state.slots
@@ -503,24 +503,24 @@ def finish(rules, columns, state, log, w, s, kv, time):
         me.held_last = s
         me.held += 1
     else:
-        _let_go(rules, columns, me, state.nodes[w], state.table[w], slot, kv, -1)
+        _let_go(rules, columns, me, state.nodes[w], state.table[w], slot, kv)
         _spare(clock, slots, s)
 
 
-@compiled
+@inner
 def give_back(rules, columns, state, w):
     """Give back what finished sequences held while the next step was composed without knowing."""
     me, slots = state.workers[w], state.slots
     s = me.held_first
     for _ in range(me.held):
         after = slots[s].after
-        _let_go(rules, columns, me, state.nodes[w], state.table[w], slots[s], slots[s].computed, -1)
+        _let_go(rules, columns, me, state.nodes[w], state.table[w], slots[s], slots[s].computed)
         _spare(state.clock[0], slots, s)
         s = after
     me.held = 0
 
 
-@compiled
+@inner
 def catch_up(rules, state, w, time):
     """Take the blocks that the steps begun by now have taken: what they threw out is not in memory any more."""
     me = state.workers[w]
@@ -532,18 +532,20 @@ def catch_up(rules, state, w, time):
             me.taken = to
 
 
-@compiled
-def choose(rules, columns, tables, state, row, decoding, time):
+@inner
+def choose(rules, columns, tables, state, s, time):
     """The worker for a request, with what routing thinks it brings there: (worker, prompt tokens, blocks)."""
     clock, workers = state.clock[0], state.workers
+    row, decoding = state.slots[s].row, state.slots[s].generated > 0
     low, high = 0, rules.workers
     if rules.prefilling > 0:
         low = rules.prefilling if decoding else 0
         high = high if decoding else rules.prefilling
     turn = clock.turn[1 if decoding else 0]
-    tokens, blocks = columns.input[row], -(-columns.input[row] // rules.block)
+    prompt, blocks = columns.input[row], -(-columns.input[row] // rules.block)
+    tokens = 0 if decoding else prompt
     ids = _ids_of(columns, row)
-    most = min(ids.size, (tokens - 1) // rules.prefix) if rules.by_prefix and rules.caching else 0
+    most = min(ids.size, (prompt - 1) // rules.prefix) if rules.by_prefix and rules.caching else 0
     best, least, new_tokens, new_blocks = -1, np.inf, tokens, blocks
     for k in range(high - low):
         w = low + (turn + k) % (high - low)
@@ -556,7 +558,7 @@ def choose(rules, columns, tables, state, row, decoding, time):
         if most > 0:
             catch_up(rules, state, w, time)
         found, _ = matching(state.nodes[w], state.table[w], ids, most)
-        to_compute = 0 if decoding else tokens - found * rules.prefix
+        to_compute = 0 if decoding else prompt - found * rules.prefix
         to_hold = blocks - found * rules.per_chunk
         of = tables.routing[w]
         cost = columns.weight[row] * (of[0] + of[1] * (me.pending + to_compute) + of[2] * me.in_flight)
@@ -567,7 +569,7 @@ def choose(rules, columns, tables, state, row, decoding, time):
     return best, new_tokens, new_blocks
 
 
-@compiled
+@inner
 def bring(state, w, s, tokens, blocks):
     """Count a request as on its way to worker w."""
     me, slot = state.workers[w], state.slots[s]
@@ -577,7 +579,7 @@ def bring(state, w, s, tokens, blocks):
     me.in_flight += 1
 
 
-@compiled
+@inner
 def enqueue(rules, state, s, w, time):
     """Put a request in line at worker w; it is looked at after the step that runs, or at once."""
     me, slots = state.workers[w], state.slots
@@ -595,7 +597,7 @@ def enqueue(rules, state, s, w, time):
             plan_end(state.tree, w, me.end)
 
 
-@compiled
+@inner
 def arrive(rules, columns, tables, state, row, time):
     """A request arrives: give it a slot, and a worker."""
     clock, slots = state.clock[0], state.slots
@@ -605,19 +607,19 @@ def arrive(rules, columns, tables, state, row, time):
     clock.live += 1
     slot.row, slot.arrived, slot.started, slot.first = row, time, -1.0, -1.0
     slot.generated, slot.computed, slot.goal, slot.shared, slot.hit = 0, 0, columns.input[row], 0, 0
-    slot.run, slot.preemptions, slot.ready, slot.origin = -1, 0, False, -1
-    w, tokens, blocks = choose(rules, columns, tables, state, row, False, time)
+    slot.run, slot.tag, slot.preemptions, slot.ready, slot.origin = -1, -1, 0, False, -1
+    w, tokens, blocks = choose(rules, columns, tables, state, s, time)
     bring(state, w, s, tokens, blocks)
     enqueue(rules, state, s, w, time)
 
 
-@compiled
+@inner
 def deliver(rules, columns, state, s, time):
     """A prompt's KV has arrived where it will be decoded; the worker that made it gives its blocks back."""
     slot = state.slots[s]
     w, to = slot.worker, slot.target
     me = state.workers[w]
-    _let_go(rules, columns, me, state.nodes[w], state.table[w], slot, slot.goal, -1)
+    _let_go(rules, columns, me, state.nodes[w], state.table[w], slot, slot.goal)
     slot.shared, slot.ready, slot.origin = 0, True, w
     enqueue(rules, state, s, to, time)
     if me.kind == NOTHING and me.waiting > 0 and me.end > time:
@@ -625,7 +627,7 @@ def deliver(rules, columns, state, s, time):
         plan_end(state.tree, w, time)
 
 
-@compiled
+@inner
 def end_prompt(rules, columns, tables, state, log, w, s, time):
     """A prompt is computed, and the next token with it: decode here, send the KV elsewhere, or end."""
     me, slot = state.workers[w], state.slots[s]
@@ -642,8 +644,8 @@ def end_prompt(rules, columns, tables, state, log, w, s, time):
         _run_no_more(me, state.slots, s)
         me.in_flight -= 1
         me.promised -= slot.promised
-        slot.target, _, blocks = choose(rules, columns, tables, state, row, True, time)
-        bring(state, slot.target, s, 0, blocks)
+        slot.target, tokens, blocks = choose(rules, columns, tables, state, s, time)
+        bring(state, slot.target, s, tokens, blocks)
         me.link = max(me.link, time) + rules.transfer_s + rules.transfer_token_s * columns.input[row]
         postpone(state.clock[0], state.later, me.link, TRANSFER, s)
     else:
@@ -651,7 +653,7 @@ def end_prompt(rules, columns, tables, state, log, w, s, time):
         join(rules, me, state.slots, state.finish[w], state.phase[w], s, slot.goal)
 
 
-@compiled
+@inner
 def complete(rules, columns, tables, state, log, w):
     """What was planned for worker w is done: count its tokens, end what ends."""
     me, slots, heap, phase = state.workers[w], state.slots, state.finish[w], state.phase[w]
@@ -678,7 +680,7 @@ def complete(rules, columns, tables, state, log, w):
     me.kind = NOTHING
 
 
-@compiled
+@inner
 def begin(rules, columns, tables, state, w, time, visible):
     """Start what worker w does next; it sees what came until `visible`."""
     me = state.workers[w]
@@ -691,7 +693,7 @@ def begin(rules, columns, tables, state, w, time, visible):
     plan_end(state.tree, w, me.end)
 
 
-@compiled
+@inner
 def take_sample(rules, state, samples, time):
     """What each worker is doing at `time`, and has done until then."""
     for w in range(rules.workers):
@@ -706,7 +708,7 @@ def take_sample(rules, state, samples, time):
     state.clock[0].sampled += 1
 
 
-@compiled
+@inner
 def _room(clock, slots, log, samples, most):
     if clock.spare >= slots.size:
         return SLOTS_FULL
@@ -793,7 +795,7 @@ def hand_on(setup, columns, tables, state, w, time):
             me.pending -= slots[s].pending
             me.promised -= slots[s].promised
             me.in_flight -= 1
-            to, tokens, blocks = choose(rules, columns, tables, state, slots[s].row, False, time)
+            to, tokens, blocks = choose(rules, columns, tables, state, s, time)
             bring(state, to, s, tokens, blocks)
             enqueue(rules, state, s, to, time)
         s = after

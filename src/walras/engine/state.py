@@ -37,7 +37,8 @@ SETUP = np.dtype(
         ("prefilling", np.int64),  # workers that only prefill; 0: all do both
         ("transfer_s", np.float64),
         ("transfer_token_s", np.float64),
-    ]
+    ],
+    align=True,
 )
 CLOCK = np.dtype(
     [
@@ -53,7 +54,8 @@ CLOCK = np.dtype(
         ("turn", np.int64, (2,)),  # of round-robin: over the workers that prefill, over those that decode
         ("logged", np.int64),
         ("sampled", np.int64),
-    ]
+    ],
+    align=True,
 )
 WORKER = np.dtype(
     [
@@ -92,7 +94,8 @@ WORKER = np.dtype(
         ("hit_tokens", np.int64),
         ("preemptions", np.int64),
         ("finished", np.int64),
-    ]
+    ],
+    align=True,
 )
 SLOT = np.dtype(
     [
@@ -121,10 +124,13 @@ SLOT = np.dtype(
         ("promised", np.int64),
         ("target", np.int64),  # the worker its KV goes to
         ("origin", np.int64),  # the worker its KV came from
-    ]
+    ],
+    align=True,
 )
-LATER = np.dtype([("time", np.float64), ("ticket", np.int64), ("what", np.int64), ("who", np.int64)])
-FINISH = np.dtype([("key", np.int64), ("slot", np.int64)])
+LATER = np.dtype(
+    [("time", np.float64), ("ticket", np.int64), ("what", np.int64), ("who", np.int64)], align=True
+)
+FINISH = np.dtype([("key", np.int64), ("slot", np.int64)], align=True)
 SERVED = np.dtype(
     [
         ("request", np.int64),
@@ -138,7 +144,8 @@ SERVED = np.dtype(
         ("preemptions", np.int32),
         ("worker", np.int32),
         ("prefill_worker", np.int32),
-    ]
+    ],
+    align=True,
 )
 SAMPLE = np.dtype(
     [
@@ -150,7 +157,8 @@ SAMPLE = np.dtype(
         ("hit_tokens", np.int64),
         ("preemptions", np.int64),
         ("finished", np.int64),
-    ]
+    ],
+    align=True,
 )
 
 

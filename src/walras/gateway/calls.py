@@ -108,11 +108,10 @@ class Ask:
     deadline: float | None
     text_bytes: int
     prompt: str | None
-
-    @property
-    def kind(self) -> Kind:
-        """Of the models that can answer."""
-        return "embeddings" if self.call.dialect == "embeddings" else "chat"
+    kind: Kind
+    """Of the models that can answer."""
+    tokens: int = 0
+    """Of the prompt, before it is known which model counts them."""
 
     @property
     def elapsed(self) -> float:
@@ -399,6 +398,7 @@ class Calls:
             _amount(request, b"x-walras-deadline"),
             len(body),
             prompt,
+            "embeddings" if dialect == "embeddings" else "chat",
         )
 
     def _check_model(self, call: Call) -> None:
@@ -439,7 +439,7 @@ class Calls:
             scarce += scarcity(await self.escrow.standing(account, now), now)
         decision = self.board.decide(
             ask.value,
-            self.meter.tokens(model, ask.text_bytes),
+            ask.tokens,
             tenant=ask.key.tenant,
             task_class=ask.priced_as,
             kind=ask.kind,
@@ -486,13 +486,8 @@ class Calls:
     async def _answer(self, run: Run) -> None:
         ask, failed = run.ask, dict[str, int]()
         last: Failure | RequestError | None = None
-        self.board.asked(
-            ask.value,
-            self.meter.tokens(ask.call.model, ask.text_bytes),
-            ask.key.tenant,
-            ask.priced_as,
-            ask.kind,
-        )
+        ask.tokens = self.meter.tokens(ask.call.model, ask.text_bytes)
+        self.board.asked(ask.value, ask.tokens, ask.key.tenant, ask.priced_as, ask.kind)
         while True:
             run.decision, open_to = await self._decide(ask, failed)
             may = len(run.attempts) < TRIES and (
@@ -1018,8 +1013,13 @@ def _unwritable() -> HttpError:
 
 
 def _written(a: Alternative) -> Written:
-    value, compute = round(a.value * NANO_PER_USD), round(a.compute * NANO_PER_USD)
-    latency, risk = round(a.latency * NANO_PER_USD), round(a.risk * NANO_PER_USD)
+    n = NANO_PER_USD
+    value, compute, latency, risk = (
+        round(a.value * n),
+        round(a.compute * n),
+        round(a.latency * n),
+        round(a.risk * n),
+    )
     return Written(a.use, value, compute, latency, risk, value - compute - latency - risk)
 
 

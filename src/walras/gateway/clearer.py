@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -53,14 +54,23 @@ def clear(economy: Economy, asked: Sequence[Asked], known: Known, start: Sequenc
 
 
 def main() -> None:
-    """Serve clearings on standard input until it ends."""
-    economy = Economy.model_validate_json(sys.stdin.readline())
+    """Serve clearings on standard input until it ends, be it within a line: the service may be killed."""
+    first = sys.stdin.readline()
+    if not first.endswith("\n"):
+        return
+    economy = Economy.model_validate_json(first)
     for line in sys.stdin:
+        if not line.endswith("\n"):
+            return
         wanted = json.loads(line)
         asked = [Asked(*row) for row in wanted["asked"]]
         known = {(model, c): Experience(*row) for model, c, row in wanted["known"]}
-        sys.stdout.write(json.dumps(clear(economy, asked, known, wanted["start"])) + "\n")
-        sys.stdout.flush()
+        answer = json.dumps(clear(economy, asked, known, wanted["start"]))
+        try:
+            sys.stdout.write(answer + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:  # the service was killed; Python would complain at its own end, too
+            os._exit(0)
 
 
 class Clearer:

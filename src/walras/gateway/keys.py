@@ -15,6 +15,7 @@ from base64 import b32encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -75,6 +76,7 @@ class Key:
         return accounts_of(self.id, self.tenant)
 
 
+@lru_cache(4096)
 def accounts_of(key_id: str, tenant: str) -> tuple[str, str, str]:
     """The escrow accounts of a tenant's key."""
     return f"key:{key_id}", f"tenant:{tenant}", "global"

@@ -222,7 +222,7 @@ class Breaker:
     @property
     def passes(self) -> bool:
         """Whether a request may pass now."""
-        return self.state == "closed" or (self.state == "half-open" and not self._trial)
+        return self._until is None or (self.state == "half-open" and not self._trial)
 
     def take(self) -> bool:
         """Lets a request pass, where `passes`; says whether it is the trial. Its end must be told."""
@@ -593,8 +593,8 @@ class Upstream:
 
     def _lease(self) -> _Lease:
         """The least busy key that may be used, turn by turn among equals."""
-        order = [self._routes[(self._turn + k) % len(self._routes)] for k in range(len(self._routes))]
-        self._turn += 1
+        self._turn = turn = (self._turn + 1) % len(self._routes)
+        order = self._routes[turn:] + self._routes[:turn]
         passing = [route for route in order if route.breaker.passes]
         if not passing:
             wait = min(route.breaker.wait_s for route in order)
