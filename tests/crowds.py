@@ -100,7 +100,7 @@ class Crowd:
             body = {"model": "auto", "max_tokens": 400, "stream": streamed, "messages": MESSAGES}
             try:
                 got = await _all(port, request("/v1/chat/completions", json.dumps(body).encode(), key))
-            except ConnectionRefusedError:
+            except ConnectionError:
                 return
             status, request_id = _read(got, streamed)
             self.statuses[status] += 1

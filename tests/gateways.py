@@ -33,6 +33,10 @@ class Service:
     log: Path
     process: subprocess.Popen[str]
 
+    def command(self) -> list[str]:
+        """What `walras serve` became: it starts the same service again, twice as fast."""
+        return Path(f"/proc/{self.process.pid}/cmdline").read_text(encoding="utf-8").split("\0")[:-1]
+
     def stop(self, seconds: float = 45.0) -> int:
         """Ask it to end (SIGTERM), wait for calls under way, and return its exit code."""
         if self.process.poll() is None:
@@ -63,24 +67,24 @@ class Service:
 
 
 def start(
-    folder: Path, settings_toml: str | None = None, key: str = "", ledger: str | None = None
+    folder: Path,
+    settings_toml: str | None = None,
+    key: str = "",
+    ledger: str | None = None,
+    command: list[str] | None = None,
 ) -> Service:
-    """Start it on the state in `folder`/data, which may be there already; then give the `key` it was told first."""
+    """Start it on the state in `folder`/data, which may be there already; then give the `key` it was told first.
+
+    Args:
+        command: of an earlier start; settings go unread.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     data, log = folder / "data", folder / "serve.log"
-    command = [
-        WALRAS,
-        "serve",
-        "--data",
-        str(data),
-        "--port",
-        "0",
-        "--ready-json",
-    ]
+    command = command or [WALRAS, "serve", "--data", str(data), "--port", "0", "--ready-json"]
     if settings_toml is not None:
         settings = folder / "economy.toml"
         settings.write_text(settings_toml, encoding="utf-8")
-        command += ["--settings", str(settings)]
+        command = [*command, "--settings", str(settings)]
     with log.open("a", encoding="utf-8") as stderr:
         process = subprocess.Popen(
             command,

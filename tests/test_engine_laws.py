@@ -279,16 +279,17 @@ def test_prices_are_nothing_in_an_idle_engine_and_rise_with_load() -> None:
 
 def test_memory_has_a_price_where_it_binds_and_none_where_it_does_not() -> None:
     lengths, steps = Lengths.lognormal(200, 50, 0.7), flat_steps(256, 32, 0.01, 1e-4)
-    requests = next(generate(Poisson(18.0), lengths, 1500, seed=1))
+    requests = next(generate(Poisson(10.0), lengths, 1500, seed=1))
 
     def price(kv_blocks: int) -> ResourcePrices:
         engine = EngineSettings(kv_blocks, 16, max_batched_tokens=256, max_sequences=32, prefix_caching=False)
         replay = Replay(engine, steps, requests=requests, interval_s=None)
-        return resource_prices(replay, lengths, float(requests.arrival_s[-1]), probes=40, horizon_s=20.0)
+        return resource_prices(replay, lengths, float(requests.arrival_s[-1]), probes=60, horizon_s=20.0)
 
-    tight, ample = price(220), price(5000)
-    assert ample.kv_block_s == pytest.approx(0.0, abs=1e-12)
-    assert tight.kv_block_s > 3 * tight.errors[2]
+    prices = [price(blocks) for blocks in (220, 260, 300, 5000)]
+    assert [of.kv_block_s for of in prices] == sorted((of.kv_block_s for of in prices), reverse=True)
+    assert prices[1].kv_block_s > 3 * prices[1].errors[2]
+    assert prices[-1].kv_block_s == pytest.approx(0.0, abs=1e-12)
 
 
 def test_sessions_keep_their_prefix_and_later_calls_find_it() -> None:

@@ -19,6 +19,7 @@ from walras.gateway.metering import STEP
 from walras.gateway.protocol import sweep
 from walras.gateway.simulated import SimulatedTransport
 from walras.gateway.wire import Stamp, Usage, sse
+from walras.ledger import Hold
 from walras.ledger.store import open_store
 from walras.ledger.writer import State, Unwritable
 from walras.settings import Economy
@@ -85,7 +86,8 @@ def test_a_bug_leaves_no_money_behind(place: str, tmp_path: Path, caplog: pytest
         assert shapes == [False, True, False]
         await until(lambda: service.calls.books.problem is None)
         entries = service.audit()
-        assert {e.status for e in entries} == {"ok" if place == "store.close" else "error"}
+        entered = place in ("store.close", "escrow.settle")  # by then the entry was made
+        assert {e.status for e in entries} == {"ok" if entered else "error"}
         assert len(entries) == 6
 
     run(tmp_path, test)
@@ -193,6 +195,36 @@ def test_an_entry_is_kept_until_the_disk_has_room(stream: bool, tmp_path: Path) 
 
     with no_journal():
         run(tmp_path, test, SimulatedTransport(time_scale=0.5))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hold_that_was_written_though_nobody_could_say_so_is_closed(stream: bool, tmp_path: Path) -> None:
+    """A server that dies as it commits leaves open whether it did."""
+
+    async def test(service: Live) -> None:
+        backend: Any = service.service.store._writer._backend  # type: ignore[attr-defined]
+        write, lost = type(backend).write, []
+
+        def lose(self: Any, records: Any) -> Any:
+            done = write(self, records)
+            if not lost and any(isinstance(record, Hold) for record in records):
+                lost.extend(records)
+                raise Unwritable(State("unreachable", "the server does not answer"))
+            return done
+
+        with patch.object(type(backend), "write", lose):
+            got = await service.ask("/v1/chat/completions", CHAT | {"stream": stream})
+            assert got.status == 503
+            assert lost
+            await until(lambda: service.calls.books.problem is None)
+        assert (await service.ask("/v1/chat/completions", CHAT)).status == 200
+        first, second = service.audit()
+        assert (first.status, first.settled, first.charged_nano) == ("error", "none", 0)
+        assert first.reserved_nano > 0
+        assert second.status == "ok"
+
+    with no_journal():
+        run(tmp_path, test)
 
 
 # --- clients that leave -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from inprocess import Live, live, request
 from walras.gateway.board import Alternative
+from walras.gateway.calls import Calls
 from walras.gateway.hedging import Waits, best_hedge
 from walras.gateway.serve import demo_economy
 from walras.gateway.simulated import SimulatedTransport
@@ -295,14 +297,15 @@ def test_many_races_leave_no_money_behind(tmp_path: Path) -> None:
 
     class Racing(SimulatedTransport):
         async def send(self, sent: Request) -> Response:
-            await asyncio.sleep(luck.uniform(0.0, 0.12))
+            await asyncio.sleep(luck.choice((0.0, 0.05, 0.15)) + luck.uniform(0.0, 0.02))
             return await super().send(sent)
 
     transport = Racing(time_scale=0.0)
 
     async def test(service: Live) -> None:
-        asks = [service.ask(PATH, CHAT | {"stream": bool(k % 2)}) for k in range(120)]
-        assert {got.status for got in await asyncio.gather(*asks)} == {200}
+        for _ in range(6):
+            asks = [service.ask(PATH, CHAT | {"stream": bool(k % 2)}) for k in range(20)]
+            assert {got.status for got in await asyncio.gather(*asks)} == {200}
         await service.calls.ended()
         assert len(service.audit()) == 120
         page = service.calls.metrics.page()
@@ -310,3 +313,123 @@ def test_many_races_leave_no_money_behind(tmp_path: Path) -> None:
         assert b'outcome="second"' in page
 
     run(tmp_path, transport, test)
+
+
+# --- when several things happen at once -------------------------------------------------------------------------------
+
+
+async def leave(service: Live, body: dict[str, Any], when: Callable[[], bool]) -> None:
+    """A client that asks, and hangs up as soon as `when`."""
+    _, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    writer.write(request(PATH, json.dumps(body).encode(), service.key))
+    async with asyncio.timeout(5):
+        while not when():
+            await asyncio.sleep(0.005)
+    with suppress(ConnectionError):
+        writer.transport.abort()
+    async with asyncio.timeout(5):
+        while service.calls.open:
+            await asyncio.sleep(0.01)
+    await service.calls.ended()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_may_leave_while_the_second_is_called_off(
+    stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport, entered, real = Held(0.2, others=30.0), asyncio.Event(), Calls._call_off
+
+    async def slow(calls: Calls, run: Any, hedge: Any) -> None:
+        if not entered.is_set():
+            entered.set()
+            await asyncio.sleep(30.0)
+        await real(calls, run, hedge)
+
+    monkeypatch.setattr(Calls, "_call_off", slow)
+
+    async def test(service: Live) -> None:
+        await leave(service, CHAT | {"stream": stream}, entered.is_set)
+        assert transport.open == 0
+        assert [h.in_flight for u in service.calls.upstreams.values() for h in u.health()] == [0]
+        (entry,) = service.audit()
+        assert (entry.use, entry.status) == ("simulated-small", "cut")
+        # What the first made is known where it came in one piece, what the second made never is.
+        assert entry.settled == ("cap" if stream else "estimated")
+
+    run(tmp_path, transport, test)
+
+
+def test_an_entry_names_the_upstream_of_its_use(tmp_path: Path) -> None:
+    transport = Held(30.0, others=30.0)
+    plain = economy().model_dump(include={"models"})["models"]
+    plain["simulated-medium"]["upstream"] = "t"
+    settings = economy(models=plain, upstreams={"s": {"kind": "simulated"}, "t": {"kind": "simulated"}})
+
+    async def test(service: Live) -> None:
+        await leave(service, CHAT, lambda: len(transport.asked) == 2)
+        (entry,) = service.audit()
+        assert (entry.use, entry.upstream) == ("simulated-small", "s")
+
+    run(tmp_path, transport, test, settings)
+
+
+def test_a_second_that_fails_is_counted_and_changes_nothing(tmp_path: Path) -> None:
+    class Failing(Held):
+        async def send(self, sent: Request) -> Response:
+            second = bool(self.asked)
+            self.faults = {"500": 1.0} if second else {}
+            try:
+                return await super().send(sent)
+            finally:
+                if second:
+                    self.faults = {}
+
+    transport = Failing(0.3)
+
+    async def test(service: Live) -> None:
+        got = await service.ask(PATH, CHAT)
+        assert (got.status, got.headers["x-walras-use"]) == (200, "simulated-small")
+        (entry,) = service.audit()
+        assert entry.settled == "exact"
+        page = service.calls.metrics.page()
+        assert b'walras_attempts_total{outcome="server error",upstream="s"} 1.0' in page
+        assert b'outcome="failed",use="simulated-medium"' in page
+
+    run(tmp_path, transport, test)
+
+
+def test_a_bug_in_a_second_is_logged_without_its_words(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Held):
+        async def send(self, sent: Request) -> Response:
+            if self.asked:
+                raise ZeroDivisionError("a secret")
+            return await super().send(sent)
+
+    async def test(service: Live) -> None:
+        got = await service.ask(PATH, CHAT)
+        assert (got.status, got.headers["x-walras-use"]) == (200, "simulated-small")
+        service.audit()
+
+    run(tmp_path, Broken(0.3), test)
+    gc.collect()
+    assert "ZeroDivisionError in" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_a_bug_in_looking_is_logged_without_its_words(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr("walras.gateway.calls.best_hedge", broken)
+
+    async def test(service: Live) -> None:
+        assert (await service.ask(PATH, CHAT)).status == 200
+        service.audit()
+
+    run(tmp_path, Held(0.3), test)
+    assert "ZeroDivisionError in" in caplog.text
+    assert "secret" not in caplog.text

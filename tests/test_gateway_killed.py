@@ -22,8 +22,8 @@ from walras.ledger.journal import left
 
 LIVES = int(os.environ.get("WALRAS_LIVES", "12"))
 CLIENTS = 16
-BUDGET_NANO = 250_000 * LIVES
-"""Of a quarter of the clients; they would spend it in about half of the lives."""
+BUDGET_NANO = 100_000 * LIVES
+"""Of a quarter of the clients, which spend it before the last life."""
 
 
 def walras(*arguments: str) -> str:
@@ -32,20 +32,15 @@ def walras(*arguments: str) -> str:
     return done.stdout
 
 
-async def live_and_die(folder: Path, toml: str, keys: list[str], crowd: Crowd, seconds: float) -> Service:
-    """One life of the service, with all its clients."""
-    service = await asyncio.to_thread(start, folder, toml)
-    if not keys:
-        keys += [service.make_key("wide"), service.make_key("short", budget_nano=BUDGET_NANO, period="none")]
-    own = [keys[k % 4 == 0] for k in range(CLIENTS)]
+async def live_and_die(service: Service, keys: list[str], crowd: Crowd, seconds: float) -> None:
+    """The rest of a life of the service, with all its clients."""
     ends = asyncio.Event()
+    own = [keys[k % 4 == 0] for k in range(CLIENTS)]
     clients = [asyncio.create_task(crowd.calls(service, key, ends)) for key in own]
     await asyncio.sleep(seconds)
-    service.process.kill()
-    await asyncio.to_thread(service.kill)
+    service.kill()
     ends.set()
     await asyncio.gather(*clients)
-    return service
 
 
 def look(path: Path, crowd: Crowd) -> None:
@@ -60,14 +55,22 @@ def look(path: Path, crowd: Crowd) -> None:
 def test_kill_9_again_and_again_loses_nothing_that_was_acknowledged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rng, crowd, keys = random.Random(), Crowd(), list[str]()
+    rng, crowd = random.Random(), Crowd()
     path, journal = tmp_path / "data" / "ledger.sqlite", tmp_path / "data" / "ledger.sqlite-ahead"
     ahead = list[int]()
 
     async def lives() -> None:
         async with settings() as toml:
+            command: list[str] = []
             while len(ahead) < LIVES or not ahead[-1]:
-                service = await live_and_die(tmp_path, toml, keys, crowd, rng.uniform(0.05, 0.6))
+                service = start(tmp_path, None if command else toml, command=command)
+                if not command:
+                    command = service.command()
+                    keys = [
+                        service.make_key("wide"),
+                        service.make_key("short", budget_nano=BUDGET_NANO, period="none"),
+                    ]
+                await live_and_die(service, keys, crowd, rng.uniform(0.05, 0.6))
                 assert "Traceback" not in service.log.read_text()
                 ahead.append(len(left(journal)))
                 if len(ahead) % 3 == 1 and len(ahead) < LIVES:

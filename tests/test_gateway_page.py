@@ -74,7 +74,8 @@ def page(browser: Any, service: Service) -> Iterator[Any]:
     """A page that fails the test if a script of a name ran, a script broke, or anything was asked of somebody else."""
     context = browser.new_context()
     context.set_default_timeout(SOON_MS)
-    found, wrong, asked = context.new_page(), [], []
+    found, wrong, asked = context.new_page(), [], list[str]()
+    found.asked = asked
     found.on("dialog", lambda dialog: (wrong.append(f"alert: {dialog.message}"), dialog.dismiss()))
     found.on("pageerror", lambda error: wrong.append(str(error)))
     context.on("request", lambda request: asked.append(request.url))
@@ -146,6 +147,62 @@ def test_a_price_is_shown_as_it_is(page: Any, service: Service) -> None:
     assert served["multiplier"] > 0
     shown = float(page.locator("#prices tbody td.n").inner_text())
     assert shown == pytest.approx(served["multiplier"], rel=0.5)  # found again in between, perhaps
+
+
+def version(page: Any) -> int:
+    said = page.locator("#certificate").inner_text()
+    return int(said.split("Version ")[1].split(",")[0])
+
+
+def wait_for_newer(page: Any, service: Service) -> None:
+    """Prices of a later version than is shown."""
+    page.get_by_text("live", exact=True).wait_for()
+    before = version(page)
+    ask(service, service.key, "simulated-small")
+    shown = "n => +/Version (\\d+)/.exec(document.getElementById('certificate').textContent)[1] > n"
+    page.wait_for_function(shown, arg=before)
+
+
+def times(page: Any, path: str) -> int:
+    return sum(url.endswith(path) for url in page.asked)
+
+
+def test_prices_come_by_themselves(page: Any, service: Service) -> None:
+    page.goto(f"{service.url}/#key={service.key}")
+    for _ in range(2):
+        wait_for_newer(page, service)
+    assert (times(page, "/v1/prices"), times(page, "/v1/prices/stream")) == (0, 1)
+
+
+def test_where_the_stream_breaks_prices_are_asked_for_and_it_is_tried_again(
+    page: Any, service: Service
+) -> None:
+    page.route("**/v1/prices/stream", lambda route: route.abort())
+    page.goto(f"{service.url}/#key={service.key}")
+    wait_for_newer(page, service)
+    assert times(page, "/v1/prices") > 0
+    page.unroute("**/v1/prices/stream")
+    tried = times(page, "/v1/prices/stream")
+    page.wait_for_function("() => !polled")
+    assert times(page, "/v1/prices/stream") == tried + 1
+    polled = times(page, "/v1/prices")
+    wait_for_newer(page, service)
+    assert times(page, "/v1/prices") == polled
+
+
+def test_a_page_that_is_hidden_holds_no_connection(page: Any, service: Service) -> None:
+    page.goto(f"{service.url}/#key={service.key}")
+    page.get_by_text("live", exact=True).wait_for()
+    hide = """hidden => { Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+        document.dispatchEvent(new Event("visibilitychange")); }"""
+    page.evaluate(hide, True)
+    page.wait_for_function("() => stream.signal.aborted")
+    asked = len(page.asked)
+    page.wait_for_timeout(2_500)
+    assert len(page.asked) == asked
+    page.evaluate(hide, False)
+    wait_for_newer(page, service)
+    assert times(page, "/v1/prices/stream") == 2
 
 
 def test_hostile_names_are_only_text(page: Any, service: Service) -> None:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from walras import console, gateway_commands
+from walras import console, gateway_commands, replay_commands
 from walras.demand.route import Exploring, ask_of, search
 from walras.demand.route import route as route_requests
 from walras.demand.search import Verifier
@@ -476,6 +476,8 @@ app.command()(gateway_commands.serve)
 app.command()(gateway_commands.check)
 app.add_typer(gateway_commands.keys, name="keys")
 app.add_typer(gateway_commands.ledger, name="ledger")
+app.command()(replay_commands.replay)
+app.command()(replay_commands.profiles)
 
 
 @app.command()

@@ -18,11 +18,16 @@ from walras.engine.steps import StepTimes
 from walras.engine.traces import read_trace
 from walras.errors import SettingsError, nearest
 
-ROUTING = ("round-robin", "least-loaded", "kv", "priced")
 PROFILE = "h100-qwen3-32b-tp8"
 REQUESTS = 10_000
 LENGTHS = "lognormal:1024:256"
 LENGTHS_CV = 1.0
+BLOCK_TOKENS = 16
+KV_BYTES = 131_072.0
+"""Of a token, for Llama 3.1 8B in 16 bits: 2 · 32 layers · 8 KV heads · 128 numbers."""
+LINK_BYTES_PER_S = 50e9
+"""400 Gbit/s."""
+ACCEPTANCE, DRAFT_COST = 0.7, 0.05
 SYSTEM_TOKENS, SESSION_PREFIX = 1024, 64
 """Of generated sessions: tokens that all of them begin with, and tokens that one prefix id names."""
 SPECS = {
@@ -39,7 +44,13 @@ COUNTS = {"poisson": (1, 1), "bursty": (2, 2), "diurnal": (2, 3), "sessions": (1
 
 
 def read_traffic(
-    path: Path, *, model: str | None, session_every_s: float, speed: float, most: int | None, price: float | None
+    path: Path,
+    *,
+    model: str | None,
+    session_every_s: float,
+    speed: float,
+    most: int | None,
+    price: float | None,
 ) -> Traffic:
     """The requests of a trace or a log."""
     trace = read_trace(path, model=model, session_every_s=session_every_s)
@@ -138,22 +149,22 @@ def _floats(texts: list[str]) -> tuple[float, ...] | None:
 class EngineOptions:
     """Options of the engine; None: as the profile has it."""
 
-    profile: str = PROFILE
-    routing: str = "round-robin"
-    workers: int | None = None
-    prefill_workers: int | None = None
-    decode_workers: int | None = None
-    kv_blocks: int | None = None
-    block_tokens: int = 16
-    step_tokens: int | None = None
-    sequences: int | None = None
-    chunked_prefill: bool = True
-    prefix_caching: bool = True
-    kv_bytes: float = 131_072.0
-    link_bytes_per_s: float = 50e9
-    drafts: int | None = None
-    acceptance: float = 0.7
-    draft_cost: float = 0.05
+    profile: str
+    routing: str
+    workers: int | None
+    prefill_workers: int | None
+    decode_workers: int | None
+    kv_blocks: int | None
+    block_tokens: int
+    step_tokens: int | None
+    sequences: int | None
+    chunked_prefill: bool
+    prefix_caching: bool
+    kv_bytes: float
+    link_bytes_per_s: float
+    drafts: int | None
+    acceptance: float
+    draft_cost: float
 
 
 def read_engine(options: EngineOptions, prefix_tokens: int) -> Engine:
@@ -186,10 +197,14 @@ def _workers(options: EngineOptions) -> tuple[int, Disaggregation | None]:
     if prefill is None and decode is None:
         return options.workers or 1, None
     if prefill is None or decode is None:
-        raise SettingsError("one without the other", key="--prefill-workers, --decode-workers", hint="give both")
+        raise SettingsError(
+            "one without the other", key="--prefill-workers, --decode-workers", hint="give both"
+        )
     if options.workers not in {None, prefill + decode}:
         raise SettingsError(
-            f"{options.workers}, but {prefill} prefill and {decode} decode", key="--workers", hint="leave it out"
+            f"{options.workers}, but {prefill} prefill and {decode} decode",
+            key="--workers",
+            hint="leave it out",
         )
     return prefill + decode, Disaggregation(prefill, options.kv_bytes, options.link_bytes_per_s)
 

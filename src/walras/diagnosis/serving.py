@@ -191,7 +191,9 @@ class Timeline:
         columns = {}
         for key in (f.name for f in dataclasses.fields(Intervals)):
             whole = np.concatenate([getattr(piece, key) for piece in pieces])
-            columns[key] = whole if key == "end_s" else whole.mean(axis=1) if key == "kv_use" else whole.sum(axis=1)
+            columns[key] = (
+                whole if key == "end_s" else whole.mean(axis=1) if key == "kv_use" else whole.sum(axis=1)
+            )
         return cls(interval_s, **columns)
 
     def table(self) -> pa.Table:
@@ -256,7 +258,9 @@ class Played:
 
 def interval_of(traffic: Traffic, wanted_s: float | None) -> float:
     """Seconds of an interval: as wanted, or a round number that cuts the arrivals in about INTERVALS."""
-    last_s = max(map(_last_arrival, traffic)) if wanted_s or traffic.trace else _last_arrival(next(iter(traffic)))
+    piece = next(iter(traffic))
+    more = 1.0 if traffic.trace or not traffic.most else max(1.0, traffic.most / len(piece))
+    last_s = _last_arrival(piece) * more
     if wanted_s is None:
         least = last_s / INTERVALS
         scale = 10.0 ** math.floor(math.log10(least)) if least > 0 else 0.0
@@ -268,6 +272,12 @@ def interval_of(traffic: Traffic, wanted_s: float | None) -> float:
             hint=f"more than 0, and at most {MOST_INTERVALS:,} intervals",
         )
     return wanted_s
+
+
+def warm_up(engine: Engine) -> None:
+    """Compile what a replay runs, so that its processor seconds are its own."""
+    one = np.ones(1, np.int64)
+    Replay(engine.settings, engine.steps, engine.routing, Requests(np.zeros(1), one, one)).run().served()
 
 
 def play(
@@ -288,7 +298,7 @@ def play(
 
     def take() -> None:
         served = replay.take()
-        found._add(served)  # noqa: SLF001
+        found._add(served)
         on_requests(len(served))
         if interval_s is not None:
             intervals.append(replay.take_intervals())
@@ -347,7 +357,17 @@ def _table(traffic: Traffic, served: Served, lengths: IntArray) -> pa.Table:
         "input_tokens": lengths[0],
         "output_tokens": lengths[1],
     }
-    same = ("queue_s", "ttft_s", "tpot_s", "latency_s", "end_s", "cached_tokens", "preemptions", "worker", "prefill_worker")
+    same = (
+        "queue_s",
+        "ttft_s",
+        "tpot_s",
+        "latency_s",
+        "end_s",
+        "cached_tokens",
+        "preemptions",
+        "worker",
+        "prefill_worker",
+    )
     columns |= {key: getattr(served, key) for key in same}
     return pa.table(columns | {"simulated": np.ones(len(served), np.bool_)})
 
@@ -364,8 +384,17 @@ class Worth:
     """Seconds of others' delay, or USD where a price of delay was given."""
     per_s: dict[Resource, float]
     """Price × units used per second of the replay."""
-    short: Resource | None
-    """What is dearest in all, of what is surely above 0."""
+
+    @property
+    def short(self) -> Resource | None:
+        """What is dearest in all; None where nothing delays anybody."""
+        most = max(self.per_s, key=lambda resource: self.per_s[resource])
+        return most if self.per_s[most] > 0 else None
+
+    @property
+    def sure(self) -> bool:
+        """Whether the price of what is short is clearly above its error."""
+        return self.short is not None and self.price(self.short) > SURE * self.error(self.short)
 
     def price(self, resource: Resource) -> float:
         return {
@@ -378,15 +407,15 @@ class Worth:
         return dict(zip(("prefill", "decode", "kv"), self.prices.errors, strict=True))[resource]
 
 
-def worth(engine: Engine, traffic: Traffic, played: Played, probes: int, horizon_s: float, seed: int) -> Worth:
+def worth(
+    engine: Engine, traffic: Traffic, played: Played, probes: int, horizon_s: float, seed: int
+) -> Worth:
     """Prices over the traffic's first piece, found by running futures twice; and which resource is short."""
     piece = next(iter(traffic))
     replay = Replay(engine.settings, engine.steps, engine.routing, piece, interval_s=None)
     # Requests that all come at once leave no time between arrivals: then the time in which they are served.
     until_s = _last_arrival(piece) or played.end_s
-    prices = resource_prices(
-        replay, traffic.lengths, until_s, probes=probes, horizon_s=horizon_s, seed=seed
-    )
+    prices = resource_prices(replay, traffic.lengths, until_s, probes=probes, horizon_s=horizon_s, seed=seed)
     blocks = engine.settings.kv_blocks * engine.settings.workers
     timeline = played.timeline
     held = float(timeline.kv_use.mean()) * blocks if timeline is not None and len(timeline) else 0.0
@@ -395,10 +424,9 @@ def worth(engine: Engine, traffic: Traffic, played: Played, probes: int, horizon
         "decode": played.output_tokens / played.end_s,
         "kv": held,
     }
-    found = Worth(prices, "s" if traffic.delay_price is None else "usd", {}, None)
+    found = Worth(prices, "s" if traffic.delay_price is None else "usd", {})
     per_s = {resource: found.price(resource) * amount for resource, amount in used.items()}
-    sure = [r for r in per_s if found.price(r) > SURE * found.error(r) and per_s[r] > 0]
-    return dataclasses.replace(found, per_s=per_s, short=max(sure, key=per_s.__getitem__, default=None))
+    return dataclasses.replace(found, per_s=per_s)
 
 
 # --- load against latency ---------------------------------------------------------------------------------------------

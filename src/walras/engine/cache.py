@@ -9,6 +9,8 @@ A node of the list is a chunk (`refs` ≥ 0) or a run of own blocks (`refs` −1
 was preempted, which finds there what is left of its own KV; a run without a tag (−1) will never be read again. A chunk
 leaves the cache whole, although blocks of it might have done.
 
+Numba keeps the compiled replay by the date of `kernel.py` alone: after a change here, touch that file.
+
 `node` and `table` are the rows of one worker; the last node is the head of the list; `me` is the worker's record.
 """
 
@@ -21,7 +23,8 @@ from numba import njit
 
 compiled: Any = njit(nogil=True, cache=True, error_model="numpy")
 """What Python calls."""
-inner: Any = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_WITHOUT_ENTRY: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+inner: Any = njit(nogil=True, error_model="numpy", **_WITHOUT_ENTRY)
 """What only compiled code calls, and is kept on disk with it: without an entry for Python it compiles in less time."""
 
 NODE = np.dtype(
@@ -128,7 +131,7 @@ def _merge(me, node, e):
         _scrap(me, node, e)
 
 
-def nodes_needed(blocks, per_chunk, sequences):
+def nodes_needed(blocks: int, per_chunk: int, sequences: int) -> int:
     """Most nodes a memory can need, the head included: chunks, a run of each preempted sequence, and runs between them."""
     return min(blocks, 2 * (blocks // per_chunk) + 2 * sequences + 2) + 1
 

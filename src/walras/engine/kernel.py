@@ -256,7 +256,7 @@ def _wait_no_more(me, slots):
 
 @inner
 def _ids_of(columns, row):
-    return columns.ids[columns.offsets[row] : columns.offsets[row + 1]]
+    return columns.ids[columns.rows[row].begin : columns.rows[row].end]
 
 
 @inner
@@ -280,13 +280,13 @@ def preempt(rules, clock, columns, me, slots, node, table, heap, phase):
         while heap[at].slot != s:
             at += 1
         kv = leave(rules, me, slots, heap, phase, at)
-        slot.generated = columns.output[slot.row] - (slot.finish - tokens_at(rules, me.done))
+        slot.generated = columns.rows[slot.row].output - (slot.finish - tokens_at(rules, me.done))
     _run_no_more(me, slots, s)
     slot.tag = clock.ticket
     clock.ticket += 1
     slot.run = _let_go(rules, columns, me, node, table, slot, kv)
     slot.whole = kv // rules.block - slot.shared * rules.per_chunk
-    slot.goal, slot.computed, slot.ready = columns.input[slot.row] + slot.generated, 0, False
+    slot.goal, slot.computed, slot.ready = columns.rows[slot.row].input + slot.generated, 0, False
     slot.preemptions += 1
     me.preemptions += 1
     _wait_first(me, slots, s)
@@ -299,8 +299,8 @@ def _fits(rules, columns, me, node, table, slot, budget, tokens):
     ids = _ids_of(columns, row)
     found, idle, again = 0, 0, 0
     if rules.caching:
-        usable = columns.input[row] // rules.prefix if slot.ready else (slot.goal - 1) // rules.prefix
-        most = min(ids.size, columns.input[row] // rules.prefix, usable)
+        usable = columns.rows[row].input // rules.prefix if slot.ready else (slot.goal - 1) // rules.prefix
+        most = min(ids.size, columns.rows[row].input // rules.prefix, usable)
         found, idle = matching(node, table, ids, most)
         if slot.run >= 0 and found == slot.shared:
             again = min(left_of(node, slot.run, slot.tag), slot.whole)
@@ -327,7 +327,7 @@ def _cover(rules, columns, me, node, table, slot):
     """Make the chunks that are computed by the end of this step findable."""
     if rules.caching:
         ids = _ids_of(columns, slot.row)
-        covered = min(ids.size, columns.input[slot.row] // rules.prefix, slot.computed // rules.prefix)
+        covered = min(ids.size, columns.rows[slot.row].input // rules.prefix, slot.computed // rules.prefix)
         slot.shared = publish(me, node, table, ids, slot.shared, covered, rules.per_chunk)
 
 
@@ -360,7 +360,7 @@ def admit(rules, clock, columns, state, w, budget, visible, stamp):
             me.hit_tokens += have
         if slot.ready:
             slot.computed, slot.ready = slot.goal, False
-            slot.finish = tokens_at(rules, me.done) + columns.output[slot.row] - slot.generated
+            slot.finish = tokens_at(rules, me.done) + columns.rows[slot.row].output - slot.generated
             join(rules, me, slots, heap, phase, s, slot.goal)
             budget -= rules.verified
         else:
@@ -440,8 +440,10 @@ def compose(rules, columns, tables, state, w, time, visible, stamp):
     me.start, me.prompt_tokens = time, me.prompt_tokens + total
     batch = me.n * rules.verified
     if total > 0:
-        fixed, kv_s = tables.mixed[me.n], tables.mixed_kv[me.n]
-        drafts = rules.drafting * (tables.dense[batch] + tables.decode[me.n] + tables.decode_kv[me.n] * me.kv)
+        fixed, kv_s = tables.batch[me.n].mixed, tables.batch[me.n].mixed_kv
+        drafts = rules.drafting * (
+            tables.dense[batch] + tables.batch[me.n].decode + tables.batch[me.n].decode_kv * me.kv
+        )
         me.kind, me.steps = MIXED, 1
         me.end = time + (
             rules.overhead_s
@@ -453,8 +455,10 @@ def compose(rules, columns, tables, state, w, time, visible, stamp):
         )
     else:
         me.kind = DECODING
-        me.fixed_s = rules.overhead_s + (1.0 + rules.drafting) * (tables.dense[batch] + tables.decode[me.n])
-        me.kv_s = (1.0 + rules.drafting) * tables.decode_kv[me.n]
+        me.fixed_s = rules.overhead_s + (1.0 + rules.drafting) * (
+            tables.dense[batch] + tables.batch[me.n].decode
+        )
+        me.kv_s = (1.0 + rules.drafting) * tables.batch[me.n].decode_kv
         unseen = me.head >= 0 and (me.held > 0 or slots[me.head].queued > visible)
         # What others throw out of memory can make an idle prefix dearer to keep than to compute, chunk by chunk.
         shaky = me.head >= 0 and rules.per_chunk > 1 and not rules.reserve
@@ -480,16 +484,16 @@ def finish(rules, columns, state, log, w, s, kv, time):
     slot = slots[s]
     row, entry = slot.row, log[clock.logged]
     clock.logged += 1
-    entry.request, entry.arrival_s, entry.end_s = columns.number[row], slot.arrived, time
+    entry.request, entry.arrival_s, entry.end_s = columns.rows[row].number, slot.arrived, time
     entry.queue_s, entry.ttft_s = slot.started - slot.arrived, slot.first - slot.arrived
     entry.tpot_s = (time - slot.first) / (slot.generated - 1) if slot.generated > 1 else 0.0
-    entry.delay_price = columns.weight[row]
+    entry.delay_price = columns.rows[row].weight
     entry.cached_tokens, entry.preemptions = slot.hit, slot.preemptions
     entry.worker, entry.prefill_worker = w, slot.origin if slot.origin >= 0 else w
-    child = columns.child[row]
+    child = columns.rows[row].child
     while child >= 0:
-        postpone(clock, state.later, time + columns.arrival[child], CALL, child)
-        child = columns.sibling[child]
+        postpone(clock, state.later, time + columns.rows[child].arrival, CALL, child)
+        child = columns.rows[child].sibling
     _run_no_more(me, slots, s)
     me.finished += 1
     me.in_flight -= 1
@@ -542,7 +546,7 @@ def choose(rules, columns, tables, state, s, time):
         low = rules.prefilling if decoding else 0
         high = high if decoding else rules.prefilling
     turn = clock.turn[1 if decoding else 0]
-    prompt, blocks = columns.input[row], -(-columns.input[row] // rules.block)
+    prompt, blocks = columns.rows[row].input, -(-columns.rows[row].input // rules.block)
     tokens = 0 if decoding else prompt
     ids = _ids_of(columns, row)
     most = min(ids.size, (prompt - 1) // rules.prefix) if rules.by_prefix and rules.caching else 0
@@ -561,8 +565,8 @@ def choose(rules, columns, tables, state, s, time):
         to_compute = 0 if decoding else prompt - found * rules.prefix
         to_hold = blocks - found * rules.per_chunk
         of = tables.routing[w]
-        cost = columns.weight[row] * (of[0] + of[1] * (me.pending + to_compute) + of[2] * me.in_flight)
-        cost += of[3] * to_compute + of[4] * (me.promised + to_hold) + of[5] * columns.output[row]
+        cost = columns.rows[row].weight * (of[0] + of[1] * (me.pending + to_compute) + of[2] * me.in_flight)
+        cost += of[3] * to_compute + of[4] * (me.promised + to_hold) + of[5] * columns.rows[row].output
         if cost < least:
             best, least, new_tokens, new_blocks = w, cost, to_compute, to_hold
     clock.turn[1 if decoding else 0] = turn + 1
@@ -606,7 +610,7 @@ def arrive(rules, columns, tables, state, row, time):
     clock.spare = slot.after
     clock.live += 1
     slot.row, slot.arrived, slot.started, slot.first = row, time, -1.0, -1.0
-    slot.generated, slot.computed, slot.goal, slot.shared, slot.hit = 0, 0, columns.input[row], 0, 0
+    slot.generated, slot.computed, slot.goal, slot.shared, slot.hit = 0, 0, columns.rows[row].input, 0, 0
     slot.run, slot.tag, slot.preemptions, slot.ready, slot.origin = -1, -1, 0, False, -1
     w, tokens, blocks = choose(rules, columns, tables, state, s, time)
     bring(state, w, s, tokens, blocks)
@@ -638,7 +642,7 @@ def end_prompt(rules, columns, tables, state, log, w, s, time):
     slot.pending = 0
     if slot.first < 0.0:
         slot.first = time
-    if slot.generated == columns.output[row]:
+    if slot.generated == columns.rows[row].output:
         finish(rules, columns, state, log, w, s, slot.goal, time)
     elif w < rules.prefilling:
         _run_no_more(me, state.slots, s)
@@ -646,10 +650,10 @@ def end_prompt(rules, columns, tables, state, log, w, s, time):
         me.promised -= slot.promised
         slot.target, tokens, blocks = choose(rules, columns, tables, state, s, time)
         bring(state, slot.target, s, tokens, blocks)
-        me.link = max(me.link, time) + rules.transfer_s + rules.transfer_token_s * columns.input[row]
+        me.link = max(me.link, time) + rules.transfer_s + rules.transfer_token_s * columns.rows[row].input
         postpone(state.clock[0], state.later, me.link, TRANSFER, s)
     else:
-        slot.finish = tokens_at(rules, me.done) + columns.output[row] - slot.generated
+        slot.finish = tokens_at(rules, me.done) + columns.rows[row].output - slot.generated
         join(rules, me, state.slots, state.finish[w], state.phase[w], s, slot.goal)
 
 
@@ -672,7 +676,7 @@ def complete(rules, columns, tables, state, log, w):
             s = heap[0].slot
             me.output_tokens -= then - heap[0].key
             kv = leave(rules, me, slots, heap, phase, 0)
-            slots[s].generated = columns.output[slots[s].row]
+            slots[s].generated = columns.rows[slots[s].row].output
             finish(rules, columns, state, log, w, s, kv, me.end)
     if me.kind == MIXED:
         for k in range(me.prompts):
@@ -709,6 +713,51 @@ def take_sample(rules, state, samples, time):
 
 
 @inner
+def hand_on(rules, columns, tables, state, w, time):
+    """Send what waits at a worker, and has not begun, to the others; in its order."""
+    me, slots = state.workers[w], state.slots
+    s, count = me.head, me.waiting
+    me.head, me.tail, me.waiting = -1, -1, 0
+    for _ in range(count):
+        after = slots[s].after
+        if slots[s].started >= 0.0:
+            _wait_last(me, slots, s)
+        else:
+            me.pending -= slots[s].pending
+            me.promised -= slots[s].promised
+            me.in_flight -= 1
+            to, tokens, blocks = choose(rules, columns, tables, state, s, time)
+            bring(state, to, s, tokens, blocks)
+            enqueue(rules, state, s, to, time)
+        s = after
+
+
+@inner
+def take_out(rules, state, w, time):
+    """Take free blocks out of a worker's memory for good; a run planned on them ends with the step that is under way."""
+    me = state.workers[w]
+    take(me, state.nodes[w], state.table[w], me.out)
+    if me.kind == DECODING:
+        me.steps = steps_by(rules, me, time - me.start)
+        me.end = me.start + run_s(rules, me, me.steps)
+        plan_end(state.tree, w, me.end)
+
+
+@inner
+def change(rules, columns, tables, state):
+    """What a branch asked for."""
+    time = state.clock[0].now
+    for w in range(rules.workers):
+        me = state.workers[w]
+        if me.hand_on:
+            me.hand_on = False
+            hand_on(rules, columns, tables, state, w, time)
+        if me.out > 0:
+            take_out(rules, state, w, time)
+            me.out = 0
+
+
+@inner
 def _room(clock, slots, log, samples, most):
     if clock.spare >= slots.size:
         return SLOTS_FULL
@@ -721,11 +770,12 @@ def _room(clock, slots, log, samples, most):
 def advance(setup, columns, tables, state, log, samples, until):
     """Do all that happens by `until`; returns DONE, or what is full."""
     rules, clock = setup[0], state.clock[0]
+    change(rules, columns, tables, state)
     while True:
         full = _room(clock, state.slots, log, samples, rules.most)
         if full != DONE:
             return full
-        arrival = columns.arrival[columns.open[clock.next]] if clock.next < columns.open.size else np.inf
+        arrival = columns.rows[columns.open[clock.next]].arrival if clock.next < columns.open.size else np.inf
         due = state.later[0].time if clock.due > 0 else np.inf
         end = state.tree[1]
         time = min(arrival, due, end)
@@ -769,46 +819,13 @@ def catch_up_all(setup, state, time):
 
 
 @compiled
-def take_out(setup, state, blocks, time):
-    """Take free blocks out of each worker's memory for good; a run planned on them ends with the step that is under way."""
-    rules = setup[0]
-    for w in range(rules.workers):
-        me = state.workers[w]
-        take(me, state.nodes[w], state.table[w], blocks[w])
-        if me.kind == DECODING and blocks[w] > 0:
-            me.steps = steps_by(rules, me, time - me.start)
-            me.end = me.start + run_s(rules, me, me.steps)
-            plan_end(state.tree, w, me.end)
-
-
-@compiled
-def hand_on(setup, columns, tables, state, w, time):
-    """Send what waits at a worker, and has not begun, to the others; in its order."""
-    rules, me, slots = setup[0], state.workers[w], state.slots
-    s, count = me.head, me.waiting
-    me.head, me.tail, me.waiting = -1, -1, 0
-    for _ in range(count):
-        after = slots[s].after
-        if slots[s].started >= 0.0:
-            _wait_last(me, slots, s)
-        else:
-            me.pending -= slots[s].pending
-            me.promised -= slots[s].promised
-            me.in_flight -= 1
-            to, tokens, blocks = choose(rules, columns, tables, state, s, time)
-            bring(state, to, s, tokens, blocks)
-            enqueue(rules, state, s, to, time)
-        s = after
-
-
-@compiled
-def need_followers(needed, child, sibling):
+def need_followers(needed, rows):
     """Mark the calls that follow marked rows, and theirs; returns how many rows follow another one."""
     count = 0
     for row in range(needed.size):
-        call = child[row] if needed[row] else -1
+        call = rows[row].child if needed[row] else -1
         while call >= 0:
             needed[call] = True
             count += 1
-            call = sibling[call]
+            call = rows[call].sibling
     return count

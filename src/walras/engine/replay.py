@@ -22,12 +22,14 @@ from walras.engine.cache import NODE, clear, nodes_needed
 from walras.engine.requests import Requests
 from walras.engine.settings import EngineSettings, Routing
 from walras.engine.state import (
+    BATCH,
     CALL,
     CLOCK,
     DONE,
     FINISH,
     LATER,
     LOG_FULL,
+    ROW,
     SAMPLE,
     SAMPLES_FULL,
     SERVED,
@@ -131,8 +133,8 @@ class Replay:
         self._setup = _setup(settings, steps, self.routing)
         self._tables = _tables(settings, steps, self.routing)
         self._state = _empty_state(settings, interval_s or np.inf)
-        self._columns = _no_columns()
-        self._fed, self._last_arrival = 0, 0.0
+        self._columns = Columns(np.empty(0, ROW), np.empty(0, np.int64), np.empty(0, np.int64))
+        self._fed, self._last_arrival, self._calls = 0, 0.0, 0
         self._room_for_results()
         if requests is not None:
             self.feed(requests)
@@ -301,12 +303,12 @@ class Replay:
     def delay_cost(self, since_s: float, without: Sequence[int] = ()) -> float:
         """Σ price of delay × seconds in the engine after `since_s`, over the requests served since the start (or the branch, or
         `take`) and those in flight, but not over those of `without`. USD; seconds where no price of delay was given."""
-        served, columns = self.served(), self._columns
-        live = self._state.slots[self._state.slots["row"] >= 0]
-        request = np.concatenate([served.request, columns.number[live["row"]]])
+        served, live = self.served(), self._state.slots[self._state.slots["row"] >= 0]
+        rows = self._columns.rows[live["row"]]
+        request = np.concatenate([served.request, rows["number"]])
         begin = np.concatenate([served.arrival_s, live["arrived"]])
         end = np.concatenate([served.end_s, np.full(len(live), self.now_s)])
-        price = np.concatenate([served.delay_price, columns.weight[live["row"]]])
+        price = np.concatenate([served.delay_price, rows["weight"]])
         seconds = np.maximum(end - np.maximum(begin, since_s), 0.0)
         return float((price * seconds)[~np.isin(request, np.asarray(without, dtype=np.int64))].sum())
 
@@ -322,15 +324,15 @@ class Replay:
             )
         self._append(requests)
         coming = self._columns.open[int(self._state.clock["next"][0]) :]
-        order = np.argsort(self._columns.arrival[coming], kind="stable")
+        order = np.argsort(self._columns.rows["arrival"][coming], kind="stable")
         self._state.clock["next"][0] = 0
         self._columns = self._columns._replace(open=coming[order])
 
     def _drop(self, requests: Sequence[int]) -> None:
         coming = self._columns.open[int(self._state.clock["next"][0]) :]
-        gone = np.isin(self._columns.number[coming], np.asarray(requests))
+        gone = np.isin(self._columns.rows["number"][coming], np.asarray(requests))
         if np.count_nonzero(gone) != len(set(requests)):
-            absent = sorted(set(requests) - set(self._columns.number[coming].tolist()))
+            absent = sorted(set(requests) - set(self._columns.rows["number"][coming].tolist()))
             raise RecordError(
                 f"request {absent[0]} is not among those that will arrive by themselves",
                 row=int(absent[0]) + 1,
@@ -350,8 +352,7 @@ class Replay:
         first = self.settings.prefilling
         if not open_now[first:].any() or (first and not open_now[:first].any()):
             raise SettingsError("no worker would be left", key="close", hint="leave one open")
-        for w in workers:
-            kernel.hand_on(self._setup, self._columns, self._tables, self._state, w, self.now_s)
+        self._state.workers["hand_on"][list(workers)] = True
 
     def _block(self, blocks: Sequence[int]) -> None:
         out, free = np.asarray(blocks, dtype=np.int64), self.free_blocks
@@ -361,71 +362,56 @@ class Replay:
                 key="block",
                 hint="for each worker, at most its free ones",
             )
-        kernel.take_out(self._setup, self._state, out, self.now_s)
+        self._state.workers["out"] = out
 
     def _append(self, requests: Requests) -> None:
         """Put rows behind those that are there."""
-        old, first = self._columns, len(self._columns.arrival)
+        old, first = self._columns, len(self._columns.rows)
         after = requests.after if requests.after is not None else np.full(len(requests), -1, np.int64)
-        weight = requests.delay_price if requests.delay_price is not None else np.ones(len(requests))
-        offsets, ids = requests.prefix_offsets, requests.prefix_ids
-        if offsets is None or ids is None:
-            offsets, ids = np.zeros(len(requests) + 1, np.int64), np.empty(0, np.int64)
-        child, sibling = _families(after)
-        self._columns = Columns(
-            arrival=np.concatenate([old.arrival, requests.arrival_s]),
-            input=np.concatenate([old.input, requests.input_tokens]),
-            output=np.concatenate([old.output, requests.output_tokens]),
-            offsets=np.concatenate([old.offsets, offsets[1:] + len(old.ids)]),
-            ids=np.concatenate([old.ids, ids]) if ids.size else old.ids,
-            weight=np.concatenate([old.weight, weight]),
-            child=np.concatenate([old.child, np.where(child < 0, -1, child + first)]),
-            sibling=np.concatenate([old.sibling, np.where(sibling < 0, -1, sibling + first)]),
-            open=np.concatenate([old.open, np.flatnonzero(after < 0) + first]),
-            number=np.concatenate([old.number, np.arange(self._fed, self._fed + len(requests))]),
-            calls=old.calls + int(np.count_nonzero(after >= 0)),
-        )
-        self._fed += len(requests)
+        rows, ids = np.zeros(len(requests), ROW), old.ids
+        rows["arrival"], rows["input"] = requests.arrival_s, requests.input_tokens
+        rows["output"], rows["number"] = requests.output_tokens, np.arange(self._fed, self._fed + len(rows))
+        rows["weight"] = 1.0 if requests.delay_price is None else requests.delay_price
+        if requests.prefix_offsets is not None and requests.prefix_ids is not None:
+            rows["begin"], rows["end"] = (
+                len(ids) + requests.prefix_offsets[:-1],
+                len(ids) + requests.prefix_offsets[1:],
+            )
+            ids = np.concatenate([ids, requests.prefix_ids])
+        for key, other in zip(("child", "sibling"), _families(after), strict=True):
+            rows[key] = np.where(other < 0, -1, other + first)
+        alone = np.flatnonzero(after < 0) + first
+        self._columns = Columns(np.concatenate([old.rows, rows]), ids, np.concatenate([old.open, alone]))
+        self._calls += int(np.count_nonzero(after >= 0))
+        self._fed += len(rows)
         self._later_room()
 
     def _keep_needed(self) -> None:
         """Forget the rows of requests that have ended, so that memory does not grow with the trace."""
         old, state = self._columns, self._state
-        place = int(state.clock["next"][0])
+        coming = old.open[int(state.clock["next"][0]) :]
         live = np.flatnonzero(state.slots["row"] >= 0)
         due = state.later[: int(state.clock["due"][0])]
-        due_rows = np.flatnonzero(due["what"] == CALL)
-        needed = np.zeros(len(old.arrival), np.bool_)
-        needed[old.open[place:]] = True
-        needed[state.slots["row"][live]] = True
-        needed[due["who"][due_rows]] = True
-        calls = kernel.need_followers(needed, old.child, old.sibling)
-        rows = np.flatnonzero(needed)
-        to = np.append(np.cumsum(needed) - 1, -1)
-        to[:-1][~needed] = -1
-        lengths = old.offsets[rows + 1] - old.offsets[rows]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        picked = np.repeat(old.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        self._columns = Columns(
-            arrival=old.arrival[rows],
-            input=old.input[rows],
-            output=old.output[rows],
-            offsets=offsets,
-            ids=old.ids[picked],
-            weight=old.weight[rows],
-            child=to[old.child[rows]],
-            sibling=to[old.sibling[rows]],
-            open=to[old.open[place:]],
-            number=old.number[rows],
-            calls=int(calls) + len(due_rows),
-        )
+        calls = np.flatnonzero(due["what"] == CALL)
+        needed = np.zeros(len(old.rows), np.bool_)
+        for used in (coming, state.slots["row"][live], due["who"][calls]):
+            needed[used] = True
+        self._calls = int(kernel.need_followers(needed, old.rows)) + len(calls)
+        to = np.append(np.where(needed, np.cumsum(needed) - 1, -1), -1)
+        rows = old.rows[needed]
+        lengths = rows["end"] - rows["begin"]
+        ends = np.cumsum(lengths)
+        ids = old.ids[np.repeat(rows["begin"] - ends + lengths, lengths) + np.arange(lengths.sum())]
+        rows["begin"], rows["end"] = ends - lengths, ends
+        rows["child"], rows["sibling"] = to[rows["child"]], to[rows["sibling"]]
+        self._columns = Columns(rows, ids, to[coming])
         state.slots["row"][live] = to[state.slots["row"][live]]
-        due["who"][due_rows] = to[due["who"][due_rows]]
+        due["who"][calls] = to[due["who"][calls]]
         state.clock["next"][0] = 0
 
     def _later_room(self) -> None:
         """Every live request may be under way between workers, every call to come may be due."""
-        most = len(self._state.slots) + self._columns.calls
+        most = len(self._state.slots) + self._calls
         if len(self._state.later) < most:
             later = np.zeros(most + most // 2, LATER)
             later[: len(self._state.later)] = self._state.later
@@ -483,11 +469,6 @@ def _families(after: IntArray) -> tuple[IntArray, IntArray]:
     return child, sibling
 
 
-def _no_columns() -> Columns:
-    whole, real = np.empty(0, np.int64), np.empty(0)
-    return Columns(real, whole, whole, np.zeros(1, np.int64), whole, real, whole, whole, whole, whole, 0)
-
-
 def _setup(settings: EngineSettings, steps: StepTimes, routing: Routing) -> Any:
     """The engine's numbers as the kernel reads them, (1,)."""
     of = np.zeros(1, SETUP)
@@ -510,14 +491,10 @@ def _setup(settings: EngineSettings, steps: StepTimes, routing: Routing) -> Any:
 
 
 def _tables(settings: EngineSettings, steps: StepTimes, routing: Routing) -> Tables:
-    return Tables(
-        steps.dense_s,
-        steps.decode_s,
-        steps.decode_kv_s,
-        steps.mixed_s,
-        steps.mixed_kv_s,
-        routing.weights(settings.workers),
-    )
+    batch = np.empty(len(steps.decode_s), BATCH)
+    for key in BATCH.names or ():
+        batch[key] = getattr(steps, f"{key}_s")
+    return Tables(steps.dense_s, batch, routing.weights(settings.workers))
 
 
 def _spare_slots(count: int) -> Any:

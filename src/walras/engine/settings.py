@@ -41,7 +41,8 @@ class Speculation:
 class Disaggregation:
     """The first workers only prefill, the others decode; KV moves over one link for each prefilling worker, in order.
 
-    The first token is emitted where the prompt is computed, the second after the transfer.
+    The first token is emitted where the prompt is computed, the second after the transfer. The whole prompt moves, whatever the other
+    worker has of it, and finds its room there when it has arrived.
     """
 
     prefill_workers: int

@@ -86,6 +86,8 @@ WORKER = np.dtype(
         ("spare", np.int64),
         ("link", np.float64),  # when the link to the decoding workers is free
         ("closed", np.bool_),
+        ("hand_on", np.bool_),  # a branch asks: what waits goes elsewhere
+        ("out", np.int64),  # a branch asks: so many free blocks go
         ("in_flight", np.int64),
         ("pending", np.int64),  # prompt tokens sent here and not yet computed, as routing saw them
         ("promised", np.int64),  # blocks of the prompts in flight here, as routing saw them
@@ -127,6 +129,21 @@ SLOT = np.dtype(
     ],
     align=True,
 )
+ROW = np.dtype(
+    [
+        ("arrival", np.float64),
+        ("weight", np.float64),
+        ("input", np.int64),
+        ("output", np.int64),
+        ("begin", np.int64),  # of its prefix ids
+        ("end", np.int64),
+        ("child", np.int64),  # first call that follows this row; −1: none
+        ("sibling", np.int64),  # next one that follows the same row
+        ("number", np.int64),  # place in all that was fed
+    ],
+    align=True,
+)
+BATCH = np.dtype([(key, np.float64) for key in ("decode", "decode_kv", "mixed", "mixed_kv")], align=True)
 LATER = np.dtype(
     [("time", np.float64), ("ticket", np.int64), ("what", np.int64), ("who", np.int64)], align=True
 )
@@ -165,27 +182,16 @@ SAMPLE = np.dtype(
 class Columns(NamedTuple):
     """The requests a replay still needs; never written to, so branches share them."""
 
-    arrival: Any
-    input: Any
-    output: Any
-    offsets: Any
-    ids: Any
-    weight: Any
-    child: Any  # first call that follows this row; −1: none
-    sibling: Any  # next one that follows the same row
+    rows: Any  # of ROW
+    ids: Any  # prefix ids of all rows
     open: Any  # rows that arrive by themselves, in order
-    number: Any  # place in all that was fed
-    calls: Any  # how many rows follow another one
 
 
 class Tables(NamedTuple):
     """Step times and routing weights; never written to."""
 
     dense: Any
-    decode: Any
-    decode_kv: Any
-    mixed: Any
-    mixed_kv: Any
+    batch: Any  # of BATCH, by decoding sequences
     routing: Any
 
 

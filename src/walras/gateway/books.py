@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+from msgspec import structs
+
 from walras.errors import OutputError
 from walras.gateway.http import log_bug
-from walras.ledger import Entry, Store
+from walras.ledger import Conflict, Entry, Nano, Store
 
 AGAIN_S = 0.25
 """Seconds between tries while the ledger cannot be written."""
@@ -36,9 +38,7 @@ class Books:
             RecordError: the ledger refuses it; or any bug. Its money is written without the rest.
         """
         try:
-            ticket = self.store.close(entry)
-            if not ticket.done or ticket.error is not None:
-                await self.store.written(ticket)
+            await self._write(entry)
         except (OutputError, asyncio.CancelledError):
             self._keep(entry)
             raise
@@ -53,6 +53,25 @@ class Books:
             self._paying.cancel()
         return len(self._owed)
 
+    async def _write(self, entry: Entry) -> None:
+        ticket = self.store.close(entry)
+        if ticket.done and ticket.error is None:
+            return
+        try:
+            await self.store.written(ticket)
+        except Conflict:
+            held = await asyncio.to_thread(self._held, entry.request_id)
+            if held == entry.reserved_nano:
+                raise
+            settled = "estimated" if entry.settled == "cap" else entry.settled
+            await self.store.written(
+                self.store.close(structs.replace(entry, reserved_nano=held, settled=settled))
+            )
+
+    def _held(self, request_id: str) -> Nano:
+        """What the ledger has open. A server that died as it wrote a hold may have it, though it could not say so."""
+        return sum(hold.amount_nano for hold in self.store.open_holds() if hold.request_id == request_id)
+
     def _keep(self, entry: Entry) -> None:
         self._owed[entry.request_id] = entry
         if self._paying is None or self._paying.done():
@@ -62,7 +81,7 @@ class Books:
         while self._owed:
             for entry in tuple(self._owed.values()):
                 try:
-                    await self.store.written(self.store.close(entry))
+                    await self._write(entry)
                 except OutputError:
                     await asyncio.sleep(AGAIN_S)
                     break

@@ -61,8 +61,6 @@ RUNAWAY = 1024
 """Tokens beyond twice its cap at which a stream is cut, and above which usage is not believed."""
 UNSEEN = 100_000
 """Prompt tokens beyond one for each byte that usage may claim: for images and files that are named by URL."""
-HIDDEN = 32.0
-"""Most tokens that a model is taken to make for each one that is seen."""
 CLASSES = 1000
 """Classes of tasks that are priced apart; a client may invent names, and memory must not grow with them."""
 LONGEST = 256
@@ -110,6 +108,8 @@ class Ask:
     prompt: str | None
     kind: Kind
     """Of the models that can answer."""
+    down: Sequence[str] = ()
+    """Models whose upstream took no request when it was decided."""
     tokens: int = 0
     """Of the prompt, before it is known which model counts them."""
 
@@ -132,9 +132,15 @@ class Attempt:
     asked: bool = False
     """Whether the upstream may have got it."""
     charged: Nano = 0
+    output: int | None = None
+    """Tokens, as its upstream counted them; None: as they went out."""
+    ended: bool = False
+    """Whether the model had finished."""
     began: float = 0.0
     done: bool = False
-    """Whether it is settled or released."""
+    """Whether it is known what it is charged. The budgets learn it when the entry is written."""
+    unused: bool = False
+    """Whether it cost nothing."""
     capped: bool = False
     """Whether nobody knows what it cost: it is charged what was held."""
 
@@ -153,6 +159,13 @@ class Hedge:
     chosen: Alternative | None = None
     answer: Answer | None = None
     """It was first."""
+
+    def stop(self) -> None:
+        """It wakes nobody from now on."""
+        if self.timer is not None:
+            self.timer.cancel()
+        if self.task is not None:
+            self.task.cancel()
 
 
 @dataclass(slots=True)
@@ -183,14 +196,11 @@ class Run:
     written: bool = False
     """Its entry is on its way to the ledger."""
     gone: bool = False
-    serving: Attempt | None = None
-    """Whose answer is passed on."""
+    asked: Attempt | None = None
+    """Whose answer it is or would be; not a hedge, unless it was first."""
+    hedge: Hedge | None = None
+    """What runs beside it."""
     trace: Trace | None = None
-
-    @property
-    def asked(self) -> Attempt | None:
-        """Whose answer it is, or else the last that was tried."""
-        return self.serving or (self.attempts[-1] if self.attempts else None)
 
     def hang_up(self, task: asyncio.Task[None]) -> None:
         """The client has left: what is still being done for it ends."""
@@ -220,8 +230,6 @@ class Calls:
     _endings: set[asyncio.Task[None]] = field(init=False, default_factory=set)
     """Requests that were cut off and are being settled."""
     _classes: set[str] = field(init=False, default_factory=set)
-    _hidden: dict[str, float] = field(init=False, default_factory=dict)
-    """Tokens for each one seen, by use."""
     _redacted: Callable[[str], str] = field(init=False)
     waits: Waits = field(init=False)
     tiers: tuple[str, ...] = field(init=False)
@@ -311,6 +319,7 @@ class Calls:
         """End a request that did not come to its own end, in a task of its own: nothing may cancel that."""
         run.ending = True
         if run.written:
+            await _surely(self._pay(run))
             return
         ending = asyncio.create_task(self._wind_up(run, status, http_status))
         self._endings.add(ending)
@@ -319,6 +328,8 @@ class Calls:
 
     async def _wind_up(self, run: Run, status: Status, http_status: int) -> None:
         """What was made is paid for; what cannot be known, as it was reserved."""
+        if run.hedge is not None:
+            await _surely(self._call_off(run, run.hedge))
         answer = run.answer
         usage = None if answer is None else answer.usage
         for attempt in run.attempts:
@@ -327,7 +338,8 @@ class Calls:
             await _surely(answer.aclose())
         for attempt in run.attempts:
             if not attempt.done:
-                await _surely(self._settle_unfinished(run, attempt, usage))
+                made = usage if attempt is run.asked else None
+                await _surely(self._settle_unfinished(run, attempt, made))
         if not run.attempts and status == "error" and http_status == 503:
             return  # nothing was begun, and nothing can be written
         told = Told(status, "exact" if any(a.charged for a in run.attempts) else "none", http_status, usage)
@@ -337,10 +349,7 @@ class Calls:
             except Exception as error:
                 log_bug(error)
                 entry = self._least_entry(run, told)
-            run.written = True
-            if run.trace is not None:
-                run.trace.entry = entry
-            await self.books.close(entry)
+            await self._enter(run, entry)
 
     async def _settle_unfinished(self, run: Run, attempt: Attempt, usage: Usage | None) -> None:
         usage = self._believed(run.ask, attempt, usage)
@@ -434,7 +443,7 @@ class Calls:
     async def _decide(self, ask: Ask, failed: Mapping[str, int]) -> tuple[Decision, list[Alternative]]:
         """All uses at their prices, and those that may be tried, in this order. One that failed is worth less."""
         model, now = ask.call.model, self.board.clock()
-        scarce = 0.0
+        scarce, ask.down = 0.0, self._down()
         for account in ask.key.accounts:
             scarce += scarcity(await self.escrow.standing(account, now), now)
         decision = self.board.decide(
@@ -444,7 +453,7 @@ class Calls:
             task_class=ask.priced_as,
             kind=ask.kind,
             scarcity=scarce,
-            without=[*self._down(), *(use for use, times in failed.items() if times >= TRIES)],
+            without=[*ask.down, *(use for use, times in failed.items() if times >= TRIES)],
             deadline=None if ask.deadline is None else ask.deadline - ask.elapsed,
         )
         if self._named(model):
@@ -497,7 +506,7 @@ class Calls:
             if run.chosen is None or not isinstance(got, Money):
                 raise await self._no_use(run, got, last)
             use = run.chosen.use
-            attempt = Attempt(use, self._upstream(use).name, got)
+            attempt = run.asked = Attempt(use, self._upstream(use).name, got)
             run.attempts.append(attempt)
             if isinstance(last, Failure) and failed.get(use):
                 await asyncio.sleep(backoff_s(failed[use], self.rng))
@@ -566,7 +575,7 @@ class Calls:
                 f"{best.value - best.net:.3g} at prices version {decision.version}"
             )
             return HttpError(402, what, code="not_worth_its_price", headers=(_FINAL,))
-        if wanted <= set(self._down()):
+        if wanted <= set(ask.down):
             what = "no upstream is up for this request"
             return HttpError(503, what, code="unavailable", headers=_retry(5.0))
         if ask.deadline is not None:
@@ -592,15 +601,14 @@ class Calls:
     async def _try(self, run: Run, attempt: Attempt) -> None:
         """One attempt. Raises `Failure` if it failed and the client has seen nothing of it."""
         run.answer = None
-        await self._hold(run, attempt, attempt.money.reserved_nano)
+        await self._hold(run, attempt)
         self.metrics.observe("own_seconds", run.ask.elapsed)
         run.began = time.perf_counter()
-        hedge = self._may_hedge(run, attempt)
+        hedge = run.hedge = self._may_hedge(run, attempt)
         if hedge is None:
-            answer = await self._ask_upstream(run, attempt)
+            answer = run.answer = await self._ask_upstream(run, attempt)
         else:
             attempt, answer = await self._first_of_two(run, attempt, hedge)
-        run.answer, run.serving = answer, attempt
         try:
             if answer.reply is None:
                 await self._stream(run, attempt, answer)
@@ -652,6 +660,12 @@ class Calls:
         hedge.timer = loop.call_later(seconds, self._look, run, attempt, hedge)
 
     def _look(self, run: Run, attempt: Attempt, hedge: Hedge) -> None:
+        try:
+            self._consider(run, attempt, hedge)
+        except Exception as error:  # the loop would tell what it said
+            log_bug(error)
+
+    def _consider(self, run: Run, attempt: Attempt, hedge: Hedge) -> None:
         """Ask a second use if that is worth its price by now; else look again later."""
         ask, chosen, decision = run.ask, run.chosen, run.decision
         assert chosen is not None
@@ -685,59 +699,63 @@ class Calls:
         attempt = hedge.attempt = Attempt(chosen.use, self._upstream(chosen.use).name, money)
         run.attempts.append(attempt)
         try:
-            await self._hold(run, attempt, money.reserved_nano)
-            answer = await self._ask_upstream(run, attempt)
-        except (Failure, RequestError, OutputError) as problem:
-            may = isinstance(problem, Failure) and problem.charged
-            await (self._cap(attempt) if may else self._release(attempt))
+            await self._hold(run, attempt)
+            hedge.answer = await self._ask_upstream(run, attempt)
+        except Failure as failure:
+            await self._failed(run, attempt, failure)
+        except (RequestError, OutputError) as problem:
+            if run.trace is not None and isinstance(problem, RequestError):
+                run.trace.failed(attempt, problem)
+            await self._release(attempt)
+        if hedge.answer is None:
             self.metrics.count("hedges", chosen.use, "failed")
-            return
-        hedge.answer = answer
-        hedge.main.cancel()
+        else:
+            hedge.main.cancel()
 
     async def _first_of_two(self, run: Run, attempt: Attempt, hedge: Hedge) -> tuple[Attempt, Answer]:
         """The attempt's answer, or that of its hedge where this came first. The other one is called off."""
         failure: Failure | None = None
         try:
             try:
-                answer = await self._ask_upstream(run, attempt)
+                run.answer = await self._ask_upstream(run, attempt)
             except Failure as problem:
                 failure = problem
                 if hedge.task is not None:
-                    await hedge.task  # which cancels this where it has an answer
+                    await asyncio.wait({hedge.task})  # it cancels this where it has an answer
                 raise
         except asyncio.CancelledError:
             other, first = hedge.attempt, hedge.answer
             if other is None or first is None or hedge.main.uncancel() > 0:
-                await self._call_off(run, hedge)
-                raise
+                raise  # the call ends, and its hedge with it
+            run.chosen, run.asked, run.answer, run.hedge = hedge.chosen, other, first, None
             if failure is None:
                 await self._settle_unfinished(run, attempt, None)
             else:
                 await self._failed(run, attempt, failure)
-            run.chosen = hedge.chosen
             self.metrics.count("hedges", other.use, "first")
             return other, first
-        except BaseException:
+        except Exception:
             await self._call_off(run, hedge)
             raise
+        finally:
+            hedge.stop()
         await self._call_off(run, hedge)
-        return attempt, answer
+        return attempt, run.answer
 
     async def _call_off(self, run: Run, hedge: Hedge) -> None:
-        """End a second attempt that is not needed. What it may have cost is not known."""
-        if hedge.timer is not None:
-            hedge.timer.cancel()
+        """End a second attempt that is not needed; cut short, it may be called again. What cannot be known of its cost is capped."""
+        hedge.stop()
         if hedge.task is None:
             return
-        hedge.task.cancel()
         await asyncio.wait({hedge.task})
-        if hedge.answer is not None:
-            await hedge.answer.aclose()
-            hedge.answer = None
+        if not hedge.task.cancelled() and (bug := hedge.task.exception()) is not None:
+            log_bug(bug)
+        answer, hedge.answer = hedge.answer, None
+        if answer is not None:
+            await answer.aclose()
         if hedge.attempt is not None and not hedge.attempt.done:
-            await self._landed(hedge.attempt)
-            await self._settle_unfinished(run, hedge.attempt, None)
+            await _surely(self._landed(hedge.attempt))
+            await self._settle_unfinished(run, hedge.attempt, None if answer is None else answer.usage)
             self.metrics.count("hedges", hedge.attempt.use, "second")
 
     async def _whole(self, run: Run, attempt: Attempt, answer: Answer) -> None:
@@ -762,14 +780,14 @@ class Calls:
         request, stream, money = run.request, answer.stream, attempt.money
         assert stream is not None
         told, metered, out = Told("ok", "exact", 200), 0, b""
-        most, hidden = 2 * money.max_tokens + RUNAWAY, self._hidden.get(attempt.use, 1.0)
+        most, signs = 2 * money.max_tokens + RUNAWAY, self.meter.signs(attempt.use)
         try:
             async with aclosing(answer.__aiter__()) as pieces:
                 async for out in pieces:
                     if told.first is None:
                         told.first = time.perf_counter() - run.began
                     seen = max(stream.pieces, -(-stream.characters // CHARACTERS))
-                    tokens = math.ceil(seen * hidden)
+                    tokens = signs.tokens(stream.pieces, stream.characters)
                     if answer.finished:  # the rest of the loop lets the connection be used again
                         await self._last(run, attempt, answer, told, out, max(tokens, metered))
                         continue
@@ -819,7 +837,9 @@ class Calls:
             ended = told.status == "ok" and stream.finish != "length"
             await self._settle(run, attempt, told.usage, ended=ended)
         if told.status == "ok":
-            self._reasoned(attempt.use, stream.pieces, stream.characters, told)
+            if told.settled == "exact" and told.usage is not None:
+                signs = self.meter.signs(attempt.use)
+                signs.learn(stream.pieces, stream.characters, told.usage.completion)
             self.metrics.count("attempts", answer.upstream, "ok")
         try:
             await self._close(run, told)
@@ -832,11 +852,10 @@ class Calls:
         await request.write(out, more=False)
 
     async def _refused(self, run: Run, attempt: Attempt, tokens: int) -> bool:
-        """Whether the stream must be cut before these tokens go out; a reservation that grew is written first."""
-        before = attempt.money.reserved_nano
+        """Whether the stream must be cut before these tokens go out; what they may cost is written first."""
         refused = await attempt.money.emit(tokens)
-        if attempt.money.reserved_nano > before:
-            await self._hold(run, attempt, attempt.money.reserved_nano - before)
+        if refused is None and attempt.money.needed_nano > attempt.held:
+            await self._hold(run, attempt)
         return refused is not None
 
     def _believed(self, ask: Ask, attempt: Attempt, usage: Usage | None) -> Usage | None:
@@ -846,21 +865,13 @@ class Calls:
         most = 2 * attempt.money.max_tokens + RUNAWAY if ask.kind == "chat" else 0
         return None if usage.completion > most or usage.prompt > ask.text_bytes + UNSEEN else usage
 
-    def _reasoned(self, use: str, pieces: int, characters: int, told: Told) -> None:
-        """Learn how many tokens a model makes for each that is seen, so that those it hides are metered too."""
-        if told.settled != "exact" or told.usage is None:
-            return
-        seen = max(pieces, -(-characters // CHARACTERS), 1)
-        ratio = min(max(told.usage.completion / seen, 1.0), HIDDEN)
-        known = self._hidden.get(use, 1.0)
-        self._hidden[use] = max(ratio, known + (ratio - known) / 64)
-
     # --- money and memory ---------------------------------------------------------------------------------------------
 
-    async def _hold(self, run: Run, attempt: Attempt, amount: Nano) -> None:
-        """Write down what is set aside, before anything is spent of it."""
-        ask = run.ask
-        own_id = f"{ask.request_id}.{run.attempts.index(attempt) + 1}.{attempt.money.reserved_nano}"
+    async def _hold(self, run: Run, attempt: Attempt) -> None:
+        """Write down what the next step may cost, before it is taken."""
+        ask, total = run.ask, attempt.money.at_stake_nano
+        amount = total - attempt.held
+        own_id = f"{ask.request_id}.{run.attempts.index(attempt) + 1}.{total}"
         hold = Hold(own_id, ask.request_id, ask.at_ns, ask.key.id, ask.key.tenant, amount)
         attempt.writing = (self.store.hold(hold), amount)
         await self._landed(attempt)
@@ -879,20 +890,18 @@ class Calls:
                 attempt.held += amount if ticket.error is None else 0
 
     async def _release(self, attempt: Attempt) -> None:
-        await attempt.money.release()
-        attempt.done = True
+        """It cost nothing."""
+        attempt.done = attempt.unused = True
 
     async def _cap(self, attempt: Attempt) -> None:
         """Nobody can say what it cost: all that is held is taken for it."""
         attempt.capped, attempt.charged = True, attempt.held
-        await attempt.money.settle(attempt.charged, ended=False)
         attempt.done = True
 
     async def _settle(self, run: Run, attempt: Attempt, usage: Usage, *, ended: bool) -> None:
         ask, use = run.ask, attempt.use
         attempt.charged = self._prices[use].cost_nano(usage)
-        await attempt.money.settle(attempt.charged, usage.completion, ended=ended)
-        attempt.done = True
+        attempt.output, attempt.ended, attempt.done = usage.completion, ended, True
         self.meter.learn_tokens(use, ask.text_bytes, usage.prompt)
         self.board.came_back(use, ask.priced_as, usage.completion, time.perf_counter() - attempt.began)
 
@@ -900,11 +909,25 @@ class Calls:
         """Write the entry, and return when it is durable."""
         run.ending = True
         entry = self._entry(run, told)
+        await self._enter(run, entry)
+        self._count(run, entry)
+
+    async def _enter(self, run: Run, entry: Entry) -> None:
+        """The ledger first, then the budgets: after a death they must have room for all that it holds."""
         run.written = True
         if run.trace is not None:
             run.trace.entry = entry
-        await self.books.close(entry)
-        self._count(run, entry)
+        try:
+            await self.books.close(entry)
+        finally:
+            await self._pay(run)
+
+    async def _pay(self, run: Run) -> None:
+        for attempt in run.attempts:
+            if attempt.unused:
+                await attempt.money.release()
+            else:
+                await attempt.money.settle(attempt.charged, attempt.output, ended=attempt.ended)
 
     def _entry(self, run: Run, told: Told) -> Entry:
         ask, decision, use = run.ask, run.decision, run.chosen.use if run.chosen else None

@@ -133,7 +133,11 @@ class KeyStore:
         self._file.close()
 
     def find(self, secret: bytes, now_ns: int) -> Key | None:
-        """The key of a secret as a request carries it; None where it is wrong, revoked, or rotated and out of grace."""
+        """The key of a secret as a request carries it; None where it is wrong, revoked, or rotated and out of grace.
+
+        Raises:
+            OutputError: it is none of those known, and keys cannot be read now.
+        """
         if (clock := time.monotonic_ns()) >= self._next_poll:
             self._next_poll = clock + POLL_NS
             self._poll()
@@ -144,6 +148,8 @@ class KeyStore:
         if found is None:  # made a moment ago, perhaps; to ask takes some microseconds
             self._poll()
             found = self._match(digest, now_ns)
+        if found is None and self.problem is not None:
+            raise OutputError(self.problem)
         return found
 
     def _match(self, digest: bytes, now_ns: int) -> Key | None:
@@ -263,6 +269,8 @@ class KeyStore:
             self.problem = None
         except sqlite3.Error as error:
             self.problem = f"{self._path}: keys cannot be read: {error}"
+        except OutputError as error:  # of whoever watches
+            self.problem = str(error)
 
     def _load(self) -> None:
         # In this order, since others may write in between: the version is too old rather than too new, and no secret
@@ -270,13 +278,13 @@ class KeyStore:
         version = self._file.execute("PRAGMA data_version").fetchone()[0]
         digests = self._file.execute("SELECT digest, key_id, until_ns FROM secret").fetchall()
         rows = self._file.execute("SELECT * FROM key ORDER BY created_ns, rowid")
-        self._keys = {row[0]: Key(*row) for row in rows}
+        keys = {row[0]: Key(*row) for row in rows}
+        if self._watch is not None:  # if it fails, nothing has changed, and it is told again at the next poll
+            self._watch(tuple(keys.values()))
         index: dict[bytes, list[tuple[bytes, Key, int | None]]] = {}
         for digest, key_id, until_ns in digests:
-            index.setdefault(digest[:_HEAD], []).append((digest, self._keys[key_id], until_ns))
-        self._index, self._version = index, version
-        if self._watch is not None:
-            self._watch(tuple(self._keys.values()))
+            index.setdefault(digest[:_HEAD], []).append((digest, keys[key_id], until_ns))
+        self._keys, self._index, self._version = keys, index, version
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -171,6 +171,37 @@ class Job(msgspec.Struct, frozen=True):
     of `max_tokens` is reserved."""
 
 
+class Signs:
+    """How many tokens the pieces and the characters of a stream stand for, as one use makes them.
+
+    Both are learned from what upstreams count, tokens that are hidden included; at any rise at once, so that a stream is
+    seldom metered too low, and the larger one counts.
+    """
+
+    __slots__ = ("_character", "_piece")
+
+    def __init__(self) -> None:
+        self._piece, self._character = 1.0, 1 / 3
+        """Tokens for each: most providers send one in a piece, and few languages have less than three characters in one."""
+
+    def tokens(self, pieces: int, characters: int) -> int:
+        """Tokens of a stream so far."""
+        return ceil(max(pieces * self._piece, characters * self._character))
+
+    def learn(self, pieces: int, characters: int, tokens: int) -> None:
+        """What an upstream counted for a whole stream."""
+        self._piece = _toward(self._piece, min(max(tokens / max(pieces, 1), 1 / 8), _HIDDEN))
+        self._character = _toward(self._character, min(max(tokens / max(characters, 1), 1 / 16), _HIDDEN))
+
+
+_HIDDEN = 32.0
+"""Most tokens that a model is taken to make for each piece or character that is seen."""
+
+
+def _toward(known: float, ratio: float) -> float:
+    return max(ratio, known + (ratio - known) / 16)
+
+
 class Call:
     """The money of one call. Ask `emit` before tokens go out; then `settle` or `release`, whatever happens."""
 
@@ -189,6 +220,20 @@ class Call:
     def emitted_nano(self) -> Nano:
         """What the input and the tokens emitted so far cost at most."""
         return self._job.tariff.cost(self._job.input_tokens, self.emitted_tokens)
+
+    @property
+    def needed_nano(self) -> Nano:
+        """What the input and the tokens emitted so far cost at most, and what the upstream may have made meanwhile."""
+        total = max(self.emitted_tokens, min(self.emitted_tokens + AHEAD, self.max_tokens))
+        return self._job.tariff.cost(self._job.input_tokens, total)
+
+    @property
+    def at_stake_nano(self) -> Nano:
+        """The same with a whole step ahead: what a ledger should hold. All of it, where output is not seen as it comes."""
+        if not self._job.metered:
+            return self.reserved_nano
+        total = max(self.emitted_tokens, min(self.emitted_tokens + STEP, self.max_tokens))
+        return min(self._job.tariff.cost(self._job.input_tokens, total), self.reserved_nano)
 
     async def emit(self, tokens: int) -> Refused | None:
         """Before so many more tokens go out; None: they may. Refused: cut here, with finish reason "length"."""
@@ -245,6 +290,14 @@ class Meter:
         self._uses: dict[str, Lengths] = {}
         self._classes: dict[tuple[str, str], Lengths] = {}
         self._texts: dict[str, Lengths] = {}
+        self._signs: dict[str, Signs] = {}
+
+    def signs(self, use: str) -> Signs:
+        """Of the streams of a use."""
+        found = self._signs.get(use)
+        if found is None:
+            found = self._signs[use] = Signs()
+        return found
 
     def expected(self, job: Job) -> Nano:
         """What the call costs on average: ΔC."""

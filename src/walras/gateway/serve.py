@@ -217,9 +217,9 @@ class _Budgets:
     def _set(self, account: str, budget: int | None, period: Any, now: int, where: dict[str, str]) -> None:
         self._escrow.set_budget(account, budget, period, now)
         if account not in self._known:
-            self._known.add(account)
             start, _ = period_of(period, now)
             self._escrow.load(account, now, self._store.spent(start, **where))
+            self._known.add(account)
 
 
 def _read_menu(path: Path | None) -> dict[str, Any] | None:

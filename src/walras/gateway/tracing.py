@@ -212,8 +212,8 @@ class Trace:
         match error:
             case None:
                 status = "ok" if self.entry is None else self.entry.status
-                last = self._clients[-1].failure if self._clients else None
-                own = _reason(last) or ("cut" if status == "cut" else "internal")
+                asked = (c.failure for c in self._clients if c.attempt is self._run.asked)
+                own = _reason(next(asked, None)) or ("cut" if status == "cut" else "internal")
                 return None if status == "ok" else own
             case HttpError():
                 return error.code

@@ -71,6 +71,8 @@ MILLION = 1_000_000
 LONGEST_RETRY_AFTER_S = 3600.0
 DRAIN_S = 0.05
 """How long the end of a finished stream is waited for, so that its connection can be used again."""
+MOST_ANSWERS = 2048
+"""Of the last answers that a breaker remembers."""
 SMOOTHING = 0.1
 """Weight of the last answer in what the next is expected to take."""
 
@@ -144,7 +146,7 @@ class BreakerPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     in_row: Annotated[int, msgspec.Meta(ge=1)] = 5
     """Failures one after the other."""
     window: Annotated[int, msgspec.Meta(ge=1)] = 20
-    """Answers over which the share of failures is taken."""
+    """Answers over which the share of failures is taken, and as many more as are under way."""
     share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     """Share of failures in a full window."""
     open_s: Seconds = 5.0
@@ -242,10 +244,12 @@ class Breaker:
         that are `in_flight`, a few do not speak for the rest."""
         self._note(1)
         self.failures_in_row += 1
-        policy, rest = self._policy, self._policy.share * in_flight
-        often = self._recent.bit_count() >= policy.share * policy.window and self._seen >= policy.window
-        row = self.failures_in_row >= max(policy.in_row, rest)
-        if trial or (self._until is None and ((often and self._seen >= rest) or row)):
+        policy = self._policy
+        size = min(policy.window + in_flight, MOST_ANSWERS)
+        failures = (self._recent & ((1 << size) - 1)).bit_count()
+        often = self._seen >= size and failures >= policy.share * size
+        row = self.failures_in_row >= max(policy.in_row, policy.share * in_flight)
+        if trial or (self._until is None and (often or row)):
             self._trial = False
             self._until = self._clock() + min(policy.open_s * 2.0**self._openings, policy.longest_s)
             self._openings = min(self._openings + 1, 16)
@@ -262,7 +266,7 @@ class Breaker:
             self._trial = False
 
     def _note(self, failure: int) -> None:
-        self._recent = (self._recent << 1 | failure) & ((1 << self._policy.window) - 1)
+        self._recent = (self._recent << 1 | failure) & ((1 << MOST_ANSWERS) - 1)
         self._seen += 1
 
 

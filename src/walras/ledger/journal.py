@@ -10,6 +10,7 @@ to the database, and is free again when that is committed. After a death both ar
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from zlib import crc32
 
 import msgspec
 
+from walras.errors import OutputError
 from walras.ledger.entry import Entry, Hold, Record
 
 HALF = 2 << 20
@@ -36,6 +38,7 @@ class Journal:
 
     Raises:
         OSError: it cannot be made or mapped here.
+        AttributeError: this system cannot promise a file its room.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,6 +47,9 @@ class Journal:
         try:
             os.posix_fallocate(file, 0, 2 * HALF)  # so that a full disk cannot fail a write to memory
             self._map = mmap.mmap(file, 2 * HALF)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         finally:
             os.close(file)
         self.path = path
@@ -59,7 +65,7 @@ class Journal:
             return False
         try:
             body = kind + _encode(record)
-        except (OverflowError, ValueError):  # half a character among them
+        except (OverflowError, TypeError, ValueError):  # half a character among them
             return False
         framed = _HEAD.pack(len(body), crc32(body, self._generations[self._half])) + body
         end = self._end + len(framed)
@@ -77,7 +83,7 @@ class Journal:
     def drained(self) -> None:
         """The half that is not being filled is in the database: its records count no more."""
         half = 1 - self._half
-        self._generations[half] += 1
+        self._generations[half] = (self._generations[half] + 1) % 2**32
         _GENERATION.pack_into(self._map, half * HALF, self._generations[half])
 
     def close(self, *, empty: bool) -> None:
@@ -88,16 +94,24 @@ class Journal:
 
 
 def left(path: Path) -> list[Record]:
-    """What a process left behind: holds first, then entries. What was half written when it died was not acknowledged."""
+    """What a process left behind: holds first, then entries. What was half written when it died was not acknowledged.
+
+    Raises:
+        OutputError: it cannot be read.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read: {error.strerror}") from error
     found = [record for start in range(0, len(data), HALF) for record in _records(data[start : start + HALF])]
     return sorted(found, key=lambda record: isinstance(record, Entry))
 
 
 def _records(half: bytes) -> Iterator[Record]:
+    if len(half) < _GENERATION.size:  # its process died while it was made
+        return
     (generation,) = _GENERATION.unpack_from(half)
     at = _GENERATION.size
     while at + _HEAD.size < len(half):
@@ -106,5 +120,8 @@ def _records(half: bytes) -> Iterator[Record]:
         body = half[at : at + length]
         if not length or len(body) < length or crc32(body, generation) != crc:
             return
-        yield _DECODERS[body[0]](body[1:])
+        try:
+            yield _DECODERS[body[0]](body[1:])
+        except msgspec.ValidationError as error:  # as the database would have refused it
+            logging.getLogger("walras.ledger").error("%s", error)
         at += length

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -77,6 +77,7 @@ _STAGING = (
     f"CREATE TEMP TABLE new_holds ({sql.HOLD_COLUMNS_1}) ON COMMIT DELETE ROWS",
     f"CREATE TEMP TABLE new_entries ({_ENTRY_TYPES}) ON COMMIT DELETE ROWS",
 )
+_READ = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 _SCHEMA_LOCK = 0x77616C726173
 """Advisory lock of whoever changes tables."""
 _PARTITION = re.compile(r"entries_(\d{4})(\d{2})")
@@ -128,23 +129,35 @@ class PostgresStore(sql.SqlStore):
 
     @contextmanager
     def snapshot(self) -> Iterator[sql.Query]:
+        db = self._begun()
         try:
-            db = self._idle.pop() if self._idle else _connect(self._url)
-        except psycopg.Error as error:
-            raise OutputError(_state(error, None).sentence) from error
-        try:
-            db.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             yield lambda statement, values=(): _rows(db, statement, values)
             db.execute("ROLLBACK")
         except psycopg.Error as error:
+            if db.closed:
+                raise OutputError(_state(error, db).sentence) from error
             db.close()
-            while self._idle:  # they may have lost the same server
-                self._idle.pop().close()
             raise RecordError(f"cannot be read: {error}", path=_NAME) from error
         except BaseException:
             db.close()
             raise
         self._idle.append(db)
+
+    def _begun(self) -> psycopg.Connection[Any]:
+        """A connection in a transaction. One that lay idle may have lost its server since."""
+        with suppress(IndexError):
+            while True:
+                db = self._idle.pop()
+                with suppress(psycopg.Error):
+                    db.execute(_READ)
+                    return db
+                db.close()
+        try:
+            db = _connect(self._url)
+            db.execute(_READ)
+        except psycopg.Error as error:
+            raise OutputError(_state(error, None).sentence) from error
+        return db
 
     def damage(self) -> list[str]:
         """Nothing: a server checks its own pages."""

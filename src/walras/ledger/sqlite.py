@@ -82,8 +82,8 @@ class SqliteStore(sql.SqlStore):
 
     Raises:
         RecordError: not a ledger, or one that a newer Walras wrote.
-        OutputError: another process writes it, or it cannot be made. One that exists and cannot be written now is opened,
-            and its state says so.
+        OutputError: another process writes it, or it cannot be made, or what a dead process had acknowledged cannot be
+            written now. Else one that exists and cannot be written now is opened, and its state says so.
     """
 
     def __init__(self, path: Path | str, *, durable: Durable = "normal", read_only: bool = False) -> None:
@@ -95,8 +95,9 @@ class SqliteStore(sql.SqlStore):
         if read_only:
             if not self.path.exists():
                 raise RecordError("no such ledger", path=self.path)
-            if left(self._ahead) and _alone(self.path):
-                SqliteStore(self.path).stop()
+            if self._ahead.exists():
+                with suppress(OutputError):  # somebody writes it now, or nobody can
+                    SqliteStore(self.path).stop()
             with self.snapshot() as query:
                 _version(query, self.path)
             return
@@ -109,7 +110,8 @@ class SqliteStore(sql.SqlStore):
         try:
             self._catch_up()
             if durable == "journal" and state is HEALTHY:
-                with suppress(OSError):  # where there can be no journal, each record waits for its commit
+                # Where there can be no journal, each record waits for its commit. macOS has no such call.
+                with suppress(OSError, AttributeError):
                     self._writer.keep_in(Journal(self._ahead))
             if self.path.exists():
                 # Nobody else writes, and we have not begun to: what is open now has lost its process.
@@ -337,15 +339,6 @@ def _only_writer(path: Path) -> sqlite3.Connection:
         lock.close()
         raise
     return lock
-
-
-def _alone(path: Path) -> bool:
-    """Whether nobody writes it, and we could."""
-    try:
-        _only_writer(path).close()
-    except sqlite3.Error:
-        return False
-    return True
 
 
 def _writer(path: Path, durable: Durable) -> sqlite3.Connection:

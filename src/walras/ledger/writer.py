@@ -26,6 +26,8 @@ GATHER_S = 0.005
 """Seconds for which records that nobody waits for are gathered."""
 PROBE_S = 0.25
 """Seconds between tries to write while writing fails and nobody asks for it."""
+FLUSH_S = 1.0
+"""Most seconds that a read waits for what was acknowledged before it; longer only where the database is held up."""
 
 
 class State(NamedTuple):
@@ -140,7 +142,7 @@ class Writer:
         return ticket
 
     def flush(self) -> None:
-        """Block until what is in the journal is in the database, or cannot be written now."""
+        """Block until what is in the journal is in the database, or cannot be written now, or takes too long."""
         if self._journal is None:
             return
         ticket = Ticket(None, self._hurried.set)
@@ -150,7 +152,7 @@ class Writer:
             self._submitted.append(ticket)
         self._work.set()
         with suppress(OutputError):
-            ticket.wait()
+            ticket.wait(FLUSH_S)
 
     def stop(self) -> None:
         """Write what is left, then close."""
@@ -169,8 +171,8 @@ class Writer:
                 stopping, batch = self._stopping, self._take(kept)
             if not batch and self.state is not HEALTHY:
                 self._probe()
-            kept = self._write(batch)
-            if self._submitted and not kept:  # what came while something was kept
+            late, kept = bool(kept), self._write(batch)
+            if late and not kept:  # the half that is being filled holds some of what is written: empty it too
                 self._work.set()
             if stopping:
                 break
@@ -180,9 +182,9 @@ class Writer:
             self._journal.close(empty=not kept)
 
     def _take(self, kept: list[Ticket]) -> list[Ticket]:
-        """What is to be written now, with the lock held. While something is kept only that, and what is not safe."""
-        batch = [*kept, *(t for t in self._submitted if not (kept and t.safe))]
-        self._submitted = [t for t in self._submitted if kept and t.safe]
+        """What is to be written now, in the order in which it came; with the lock held."""
+        batch = [*kept, *self._submitted]
+        self._submitted = []
         self._work.clear()
         self._hurried.clear()
         if self._journal is not None and not kept:
@@ -193,7 +195,8 @@ class Writer:
         """Write and answer; what is safe and could not be written is returned."""
         for start in range(0, len(batch), MOST):
             part = batch[start : start + MOST]
-            errors = self._attempt([ticket.record for ticket in part if ticket.record is not None])
+            records = [ticket.record for ticket in part if ticket.record is not None]
+            errors = self._attempt(records) if records else []
             if self.state is not HEALTHY:
                 rest = batch[start:]
                 failed = [ticket for ticket in rest if not ticket.safe]
@@ -213,7 +216,8 @@ class Writer:
             except Refused as why:
                 if len(records) > 1:
                     half = len(records) // 2
-                    return self._attempt(records[:half]) + self._attempt(records[half:])
+                    done = self._attempt(records[:half])
+                    return done + self._attempt(records[half:]) if self.state is HEALTHY else []
                 errors = [self._backend.explain(records[0], why)]
             self.state = HEALTHY
             return errors

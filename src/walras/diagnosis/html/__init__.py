@@ -1,4 +1,4 @@
-"""An audit or an evaluation as one self-contained HTML page: opens without a network, loads nothing, runs no script but its own two."""
+"""An audit, an evaluation or a replay as one self-contained HTML page: opens without a network, loads nothing, runs no script but its own two."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from walras.diagnosis.audit import Audit
 from walras.diagnosis.evaluate import Evaluation
 from walras.diagnosis.html.evaluation import evaluation_report
 from walras.diagnosis.html.sections import report
+from walras.diagnosis.html.serving import replay_report
 from walras.diagnosis.html.text import esc
+from walras.diagnosis.serving_report import Report
 from walras.errors import OutputError
 
 
@@ -45,6 +47,15 @@ def write_evaluation(found: Evaluation, path: Path, title: str) -> None:
         OutputError: the file cannot be written.
     """
     _write(html_evaluation(found, title), path)
+
+
+def write_replay(found: Report, path: Path) -> None:
+    """Write a replay, whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    _write(_page(f"replay of {found.traffic.name}", replay_report(found)), path)
 
 
 def _page(title: str, body: str) -> str:

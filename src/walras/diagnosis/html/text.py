@@ -55,9 +55,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[
     return f"<table{wide}><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table>"
 
 
-def header(what: str, answer: str, points: Sequence[tuple[str, str]], *, synthetic: bool) -> str:
+def header(
+    what: str, answer: str, points: Sequence[tuple[str, str]], *, synthetic: bool, simulated: bool = False
+) -> str:
     """The top of a page: `what` it is (not escaped yet), the answer, and (name, text) of what the answer rests on."""
-    mark = ' <strong class="mark">SYNTHETIC LOG</strong>' if synthetic else ""
+    marks = ["SYNTHETIC LOG"] * synthetic + ["SIMULATED"] * simulated
+    mark = "".join(f' <strong class="mark">{text}</strong>' for text in marks)
     listed = "".join(f"<li><b>{name}</b> {text}</li>" for name, text in points)
     return f'<header><p class="title">Walras {esc(what)}{mark}</p><h1>{answer}</h1>\n<ul>{listed}</ul></header>\n'
 
