@@ -103,7 +103,7 @@ def random_case(seed: int, n: int) -> Case:
     def chance(share: float) -> bool:
         return bool(rng.random() < share)
 
-    block, per_chunk = int(rng.choice([1, 2, 4, 16])), int(rng.choice([1, 1, 2, 4]))
+    block, per_chunk = int(rng.choice([1, 2, 4, 16])), int(rng.choice([1, 2, 4]))
     sequences, workers = int(rng.integers(1, 9)), int(rng.integers(1, 5))
     speculation = disaggregation = None
     if chance(0.25):
@@ -113,20 +113,21 @@ def random_case(seed: int, n: int) -> Case:
     if workers > 1 and chance(0.3):
         bandwidth, setup_s = float(rng.choice([10, 100, 1e9])), float(rng.uniform(0, 0.1))
         disaggregation = Disaggregation(int(rng.integers(1, workers)), 1.0, bandwidth, setup_s)
-    prompts, answers = rng.integers(1, 60, n), rng.integers(1, 30, n)
+    prompts = rng.integers(1, 60, n)
+    answers = rng.choice([1, 8, 25], n) if chance(0.5) else rng.integers(1, 60, n)
     verified = 1 + (speculation.drafts if speculation else 0)
     need = int(np.ceil((prompts + answers + verified).max() / block))
     chunked = chance(0.8)
-    budget = max(sequences * verified, int(rng.integers(4, 120)), 0 if chunked else 100)
+    budget = max(sequences * verified, int(rng.integers(4, 120)), 0 if chunked else 120)
     settings = EngineSettings(
-        kv_blocks=int(need * rng.choice([1, 1.2, 2, 5])),
+        kv_blocks=int(need * rng.choice([1, 1.2, 1.5, 2, 4])),
         block_tokens=block,
         prefix_tokens=block * per_chunk,
         max_batched_tokens=budget,
         max_sequences=sequences,
         chunked_prefill=chunked,
-        prefix_caching=chance(0.75),
-        reserve_prompt=chance(0.6),
+        prefix_caching=chance(0.8),
+        reserve_prompt=chance(0.5),
         schedule_ahead=chance(0.4),
         workers=workers,
         disaggregation=disaggregation,

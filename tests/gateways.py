@@ -116,7 +116,11 @@ def _first_line(process: subprocess.Popen[str]) -> str:
 
 @contextmanager
 def running(
-    folder: Path, settings_toml: str | None = None, key: str = "", ledger: str | None = None
+    folder: Path,
+    settings_toml: str | None = None,
+    key: str = "",
+    ledger: str | None = None,
+    command: list[str] | None = None,
 ) -> Iterator[Service]:
     """A service for the length of a block; it is stopped at the end if it still runs.
 
@@ -125,8 +129,9 @@ def running(
         settings_toml: the text of economy.toml; none means simulated providers.
         key: the key of an earlier start on the same state, because a secret is told once.
         ledger: the URL of another ledger than the file in the folder.
+        command: as for `start`.
     """
-    service = start(folder, settings_toml, key, ledger)
+    service = start(folder, settings_toml, key, ledger, command)
     try:
         yield service
     finally:

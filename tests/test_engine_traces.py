@@ -69,6 +69,31 @@ def test_plain_columns_are_read_from_every_format(tmp_path: Path, name: str) -> 
     assert trace.prefix_tokens == 0
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.jsonl"])
+def test_milliseconds_may_have_a_fraction(tmp_path: Path, name: str) -> None:
+    rows = [{"timestamp": ms, "input_length": 5, "output_length": 3} for ms in (27, 28.5, 30)]
+    assert read_trace(write(tmp_path / name, rows)).requests.arrival_s == pytest.approx([0.0, 0.0015, 0.003])
+
+
+@pytest.mark.parametrize(
+    ("clock", "message"),
+    [
+        ((1, -2, 3), "row 2, column 'timestamp': is -2, which must be finite and ≥ 0"),
+        ((1, "soon", 3), "row 2, column 'timestamp': is 'soon', expected a number"),
+        ((1, None, 3), "row 2, column 'timestamp': is missing"),
+        (("2023-11-16 18:15:46", "soon", None), "row 3, column 'timestamp': is missing"),
+        (
+            ("2023-11-16 18:15:46", "soon", "2023-11-16"),
+            "row 2, column 'timestamp': is 'soon', expected a date",
+        ),
+    ],
+)
+def test_a_bad_time_is_named(tmp_path: Path, clock: tuple[object, ...], message: str) -> None:
+    rows = [{"timestamp": time, "input_length": 5, "output_length": 3} for time in clock]
+    with pytest.raises(RecordError, match=message):
+        read_trace(write(tmp_path / "a.jsonl", rows))
+
+
 def test_azure_dates_become_seconds(tmp_path: Path) -> None:
     path = tmp_path / "azure.csv"
     path.write_text(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from inprocess import Live, live, request
 from walras.gateway.board import Alternative
-from walras.gateway.calls import Calls
+from walras.gateway.calls import Attempt, Calls, Run
 from walras.gateway.hedging import Waits, best_hedge
 from walras.gateway.serve import demo_economy
 from walras.gateway.simulated import SimulatedTransport
@@ -433,3 +433,32 @@ def test_a_bug_in_looking_is_logged_without_its_words(
     run(tmp_path, Held(0.3), test)
     assert "ZeroDivisionError in" in caplog.text
     assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3])
+def test_a_call_that_is_over_is_let_go_at_once(seconds: float, tmp_path: Path) -> None:
+    """With a second attempt or without: collections would hold up whoever comes next."""
+
+    async def test(service: Live) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        asking = request(PATH, json.dumps(CHAT).encode(), service.key).replace(b"connection: close\r\n", b"")
+        for k in range(2):
+            if k:
+                gc.collect()
+                gc.disable()
+            writer.write(asking)
+            await reader.readuntil(b"}}")
+            await asyncio.sleep(0.05)
+        try:
+            assert not [o for o in gc.get_objects() if type(o) in (Run, Attempt)]
+        finally:
+            gc.enable()
+            writer.close()
+            await writer.wait_closed()
+
+    class Always(Held):
+        async def send(self, sent: Request) -> Response:
+            self.asked.clear()
+            return await super().send(sent)
+
+    run(tmp_path, Always(seconds), test)

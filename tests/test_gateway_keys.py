@@ -231,6 +231,29 @@ def test_keys_still_work_while_the_file_cannot_be_read(
     assert store.problem is None
 
 
+def test_what_the_watcher_could_not_take_it_is_told_again(path: Path) -> None:
+    """Such as the budgets of a new key, while nobody can read what was spent of them."""
+    told: list[tuple[Key, ...]] = []
+    well = True
+
+    def watch(keys: tuple[Key, ...]) -> None:
+        if not well:
+            raise OutputError("the ledger cannot be read")
+        told.append(keys)
+
+    with KeyStore(path, watch) as store, KeyStore(path) as other:
+        old = store.create("acme", now_ns=NOW)
+        well = False
+        new = other.create("late", now_ns=NOW)
+        assert store.find(old.secret.encode(), NOW) == old.key
+        with pytest.raises(OutputError, match="the ledger cannot be read"):
+            store.find(new.secret.encode(), NOW)
+        well = True
+        assert store.find(new.secret.encode(), NOW) == new.key
+        assert told[-1] == (old.key, new.key)
+        assert store.problem is None
+
+
 # --- nothing is shown -------------------------------------------------------------------------------------------------
 
 

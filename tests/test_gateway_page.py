@@ -106,6 +106,7 @@ def decision(page: Any, request_id: str) -> Any:
     if details.get_attribute("open") is None:
         details.query_selector("summary").click()
         details.wait_for_selector(".inside")
+    page.mouse.move(0, 0)
     return details
 
 
@@ -129,7 +130,11 @@ def test_it_shows_prices_budgets_and_decisions_and_goes_on_by_itself(page: Any, 
     page.get_by_text("Certified").wait_for()
     page.get_by_role("cell", name="tenant acme").wait_for()
     page.get_by_role("cell", name="$2.00").wait_for()
+    opened.hover()
     second = ask(service, key)
+    page.get_by_text("1 newer once the pointer leaves").wait_for()
+    assert not page.evaluate("id => known.has(id)", second), "nothing moves under the pointer"
+    page.mouse.move(0, 0)
     decision(page, second)
     assert opened.get_attribute("open") is not None, "what was open stays open"
 

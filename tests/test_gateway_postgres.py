@@ -106,9 +106,9 @@ def test_calls_streams_budgets_and_outcomes_and_a_clean_restart(url: str, tmp_pa
             assert ask(service, "/v1/reconcile", admin, exact)[0] == 409, "its charge was known"
             small = service.make_key("small", budget_nano=1)
             assert ask(service, COMPLETIONS, small, CALL)[0] == 429
-            spent = ask(service, "/v1/budgets", key)[1][1]["spent_usd"]
+            spent, command = ask(service, "/v1/budgets", key)[1][1]["spent_usd"], service.command()
             assert service.stop() == 0
-        with running(tmp_path, toml, ledger=url) as again:
+        with running(tmp_path, ledger=url, command=command) as again:
             told = ask(again, "/v1/budgets", key)[1][1]
             assert (told["spent_usd"], told["reserved_usd"]) == (spent, 0)
         with reading(url) as store:
@@ -132,10 +132,11 @@ def test_kill_9_in_the_middle_of_32_streams(url: str, tmp_path: Path) -> None:
             ends = asyncio.Event()
             clients = [asyncio.create_task(crowd.calls(service, key, ends, stream=True)) for _ in range(32)]
             await until(lambda: len({hold.request_id for hold in store.open_holds()}) >= 24)
+            command = service.command()
             service.process.kill()
             ends.set()
             await asyncio.gather(*clients)
-        with running(tmp_path, toml, admin, url) as service, reading(url) as store:
+        with running(tmp_path, None, admin, url, command) as service, reading(url) as store:
             unknown = [e for e in audit(store, crowd.acknowledged) if e.status == "unknown"]
             assert store.open_holds() == []
             assert 16 <= len(unknown) <= 32

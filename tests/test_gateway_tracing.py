@@ -29,6 +29,7 @@ from inprocess import CHAT, Live, live, raw, request
 from walras.errors import SettingsError
 from walras.gateway import serve, tracing
 from walras.gateway.simulated import EMBEDDING, SimulatedTransport
+from walras.gateway.transport import Request, Response
 from walras.gateway.wire import sse
 from walras.settings import Economy
 
@@ -449,6 +450,40 @@ def test_a_failure_is_an_error_of_its_type(
     assert call.said["error.type"]
     charged = sum(a.said["walras.charged_nano"] for a in attempts)
     assert charged == call.said["walras.charged_nano"]
+
+
+def test_a_stream_that_breaks_after_its_hedge_was_called_off(tmp_path: Path, collector: Collector) -> None:
+    """The call ended as the first attempt did, though the second was asked last."""
+
+    class SlowThenCut(SimulatedTransport):
+        async def send(self, sent: Request) -> Response:
+            first, self.faults = not self.requests, {"cut": 1.0}
+            await asyncio.sleep(0.2 if first else 30.0)
+            return await super().send(sent)
+
+    async def test(service: Live) -> None:
+        service.calls.waits._expected_s = lambda use, stream: 0.03
+        await service.ask(CALL, CHAT | {"model": "auto", "stream": True, "max_tokens": 40})
+        service.audit()
+
+    model = {"upstream": "s", "input_usd": 1, "output_usd": 4, "seconds": 0.03, "output_tokens": 40}
+    settings = Economy.model_validate(
+        {
+            "value": 1.0,
+            "lambda0": 1.0,
+            "models": {
+                "simulated-small": model | {"quality": 0.6},
+                "simulated-medium": model | {"quality": 0.59},
+            },
+            "upstreams": {"s": {"kind": "simulated"}},
+        }
+    )
+    run(tmp_path, test, SlowThenCut(time_scale=0.0), settings)
+    call, attempts = collector.only(SERVER), collector.spans(CLIENT)
+    told = {a.said["walras.use"]: a.said["error.type"] for a in attempts}
+    assert told == {"simulated-small": "cut", "simulated-medium": "called_off"}
+    assert call.said["error.type"] == "cut"
+    assert call.said["walras.use"] == "simulated-small"
 
 
 @pytest.mark.parametrize(("who", "why"), [("client", "client_gone"), ("service", "stopping")])

@@ -267,7 +267,7 @@ def interval_of(traffic: Traffic, wanted_s: float | None) -> float:
         return max(0.1, next((k * scale for k in (1, 2, 5) if k * scale >= least), 10 * scale))
     if not (math.isfinite(wanted_s) and wanted_s > 0 and last_s / wanted_s <= MOST_INTERVALS):
         raise SettingsError(
-            f"{wanted_s:g} s make {last_s / wanted_s if wanted_s > 0 else math.inf:.3g} intervals",
+            f"{wanted_s:g} s",
             key="--interval",
             hint=f"more than 0, and at most {MOST_INTERVALS:,} intervals",
         )

@@ -26,6 +26,9 @@ REMEDIES: dict[Resource, str] = {
     "decode": "add workers, or shorten answers",
     "kv": "give the KV cache more memory, add workers, or shorten what is held",
 }
+MANY = 1e6
+FULL = 0.95
+"""KV use from which requests soon wait for memory, or push each other out."""
 APART: dict[Resource, str] = {"prefill": "workers that prefill", "decode": "workers that decode"}
 """What to add more of, where prefill and decoding are apart."""
 
@@ -173,13 +176,19 @@ def advice(found: Report) -> str:
         return "Nothing is short: one use more delays nobody."
     name, _ = RESOURCES[what.short]
     if not what.sure:
-        return f"Perhaps short: {name}, but its price is less than twice its standard error; more --probes would tell."
+        return f"Perhaps short: {name}, but its price is less than twice its standard error; more --probes would tell.{_full(found)}"
     rest = REMEDIES[what.short]
     if found.engine.settings.disaggregation is not None and what.short in APART:
         rest = rest.replace("workers", APART[what.short], 1)
     cost = cost_text(what.per_s[what.short], what.unit)
     unit = "of others’ delay " if what.unit == "s" else ""
-    return f"Short: {name}. Its use costs {cost} {unit}in each second; {rest}."
+    return f"Short: {name}. Its use costs {cost} {unit}in each second; {rest}.{_full(found)}"
+
+
+def _full(found: Report) -> str:
+    """What is plain without prices."""
+    use = _spread(found.played.timeline, "kv_use")
+    return f" KV memory was {percent(use['max'])} full at times." if use and use["max"] > FULL else ""
 
 
 def size_text(found: Report) -> str:
@@ -261,20 +270,25 @@ def load_rows(played: Played) -> list[tuple[str, str, str]]:
 
 
 def _worth_table(found: Worth) -> RenderableType:
-    unit = "seconds of their delay" if found.unit == "s" else "USD"
-    return table(
-        f"What a use costs the others, {unit}",
-        ("", "price", "± error", "in each second", ""),
-        worth_rows(found),
-    )
+    return table(f"What a use costs the others, {unit_text(found)}", worth_head(found), worth_rows(found))
+
+
+def unit_text(found: Worth) -> str:
+    return "seconds of their delay" if found.unit == "s" else "USD"
+
+
+def worth_head(found: Worth) -> tuple[str, ...]:
+    """Dollars by the million, as providers quote them; seconds by the unit."""
+    return ("", "price" if found.unit == "s" else "price of a million", "± error", "in each second", "")
 
 
 def worth_rows(found: Worth) -> list[tuple[str, str, str, str, str]]:
+    many = MANY if found.unit == "usd" else 1.0
     return [
         (
             RESOURCES[resource][1],
-            cost_text(found.price(resource), found.unit),
-            cost_text(found.error(resource), found.unit),
+            cost_text(many * found.price(resource), found.unit),
+            cost_text(many * found.error(resource), found.unit),
             cost_text(found.per_s[resource], found.unit),
             ("short" if found.sure else "perhaps short") if resource == found.short else "",
         )
@@ -314,7 +328,7 @@ def knee_text(found: Sweep) -> str:
         return f"No knee from {found.factors[0]:g}× to {found.factors[-1]:g}× of this rate: it lies at {where} arrivals."
     return (
         f"The knee is at {factor:g}× of this rate, {number(run.completed_per_s)} requests completed per second: there throughput "
-        "over mean latency is largest. Beyond it, requests mostly wait."
+        "over mean latency is largest. Beyond it, latency grows faster than throughput."
     )
 
 

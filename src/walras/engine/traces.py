@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,10 @@ def read_trace(path: Path, *, model: str | None = None, session_every_s: float =
         "output_tokens": _one_of(path, names, OUTPUT),
         "arrival_s": _one_of(path, names, (*ARRIVAL, *CLOCK)),
     }
+    with suppress(
+        RecordError
+    ):  # a clock may hold dates; whatever else is wrong is told below, column by column
+        file.load(tuple(columns.values()))
     found: dict[str, Any] = {key: file.whole(columns[key]) for key in ("input_tokens", "output_tokens")}
     found["arrival_s"] = file.arrivals(columns["arrival_s"])
     if label := next((name for name in NAMES if name in names), None):
@@ -145,6 +150,7 @@ class _File:
     path: Path
     rows: IntArray | None = None
     """From 1; None: all."""
+    loaded: dict[str, FloatArray] = field(default_factory=dict)
 
     def numbers_of(self, count: int) -> IntArray:
         """(N,) the rows' numbers in the file."""
@@ -156,11 +162,19 @@ class _File:
             row = int(self.numbers_of(len(bad))[np.argmax(bad)])
             raise RecordError(problem, path=self.path, row=row, field=name, hint=hint)
 
+    def load(self, names: Sequence[str]) -> None:
+        """Read columns of numbers together: each reading of a text file parses all of it."""
+        batches = [batch for _, batch in read_records(self.path, (), extra=names)]
+        for name in names:
+            parts = pa.chunked_array([batch.column(name) for batch in batches])
+            column = np.asarray(parts.to_numpy(), dtype=np.float64)
+            self.loaded[name] = column if self.rows is None else column[self.rows - 1]
+
     def maybe(self, name: str) -> FloatArray:
         """(N,) numbers ≥ 0, NaN where missing."""
-        parts = [batch.column(name) for _, batch in read_records(self.path, (), extra=(name,))]
-        column = np.asarray(pa.chunked_array(parts).to_numpy(), dtype=np.float64)
-        return column if self.rows is None else column[self.rows - 1]
+        if name not in self.loaded:
+            self.load((name,))
+        return self.loaded[name]
 
     def numbers(self, name: str) -> FloatArray:
         """(N,) numbers ≥ 0, none missing."""
@@ -185,16 +199,20 @@ class _File:
         """(N,) seconds; milliseconds and dates count from the first row."""
         if name not in CLOCK:
             return self.numbers(name)
-        texts = self.text(name)
-        self.wrong(np.array([text is None for text in texts]), name, "is missing")
         try:
-            float(texts[0] or "")
-        except ValueError:
-            return self._dates(name, texts)
-        seconds = self.numbers(name) / 1000
+            seconds = self.numbers(name) / 1000
+        except RecordError as error:
+            return self._dates(name, error)
         return np.asarray(seconds - seconds[0], dtype=np.float64)
 
-    def _dates(self, name: str, texts: list[str | None]) -> FloatArray:
+    def _dates(self, name: str, no_number: RecordError) -> FloatArray:
+        try:
+            texts = self.text(name)
+        except RecordError:  # JSON's numbers are no text
+            raise no_number from None
+        if not texts[0] or _is_number(texts[0]):
+            raise no_number
+        self.wrong(np.array([text is None for text in texts]), name, "is missing")
         try:
             stamps = _stamps(texts)
         except pa.ArrowInvalid:
@@ -233,6 +251,14 @@ def _stamps(texts: list[str | None]) -> NDArray[np.datetime64]:
         zero_copy_only=False
     )
     return stamps
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_date(text: str | None) -> bool:

@@ -323,10 +323,11 @@ class Gateway:
     async def _budgets(self, request: Request, key: Key) -> None:
         now = self.board.clock()
         keys = [key] if key.scope == "tenant" else [k for k in self.keys.list() if k.revoked_ns is None]
-        accounts = dict.fromkeys(account for k in keys for account in k.accounts)
-        if key.scope == "tenant":
-            accounts.pop("global", None)
-        data = [await self._standing(account, now) for account in accounts]
+        accounts: dict[str, str | None] = {account: k.tenant for k in keys for account in k.accounts}
+        accounts.pop("global", None)
+        if key.scope != "tenant":
+            accounts["global"] = None
+        data = [await self._standing(a, now) | {"tenant": tenant} for a, tenant in accounts.items()]
         own = await self._standing(key.accounts[0], now)
         await request.json({**own, "data": data})
 

@@ -301,6 +301,7 @@ class Calls:
             raise
         finally:
             run.ending = True
+            request.on_leave(None)  # or the two would hold each other until a collection
             self.open -= 1
             if run.trace is not None:
                 run.trace.end(sys.exception())
@@ -313,7 +314,7 @@ class Calls:
             what, code = "the answer broke off inside the gateway", "internal"
         answer = run.answer
         if answer is not None and answer.stream is not None:
-            await run.request.write(answer.stream.fail(what, "api_error", code))
+            await run.request.write(answer.stream.fail(what, "api_error", code), more=False)
 
     async def _abandon(self, run: Run, status: Status, http_status: int) -> None:
         """End a request that did not come to its own end, in a task of its own: nothing may cancel that."""

@@ -113,8 +113,9 @@ class Request:
         except TimeoutError as error:
             raise HttpError(408, f"the body took more than {BODY_S:g} s", code="request_timeout") from error
 
-    def on_leave(self, callback: Callable[[], None]) -> None:
-        """Call this when the client hangs up before its answer is complete: `protocol` does, without a task that waits."""
+    def on_leave(self, callback: Callable[[], None] | None) -> None:
+        """Call this when the client hangs up before its answer is complete: `protocol` does, without a task that waits.
+        None when that matters no more."""
         self.scope[LEAVE] = callback
 
     async def hung_up(self) -> None:

@@ -29,7 +29,7 @@ LEAST = 0.5
 """A call starts only if this quantile fits: one that would more likely than not be cut is not worth its input."""
 STEP = 256
 """Tokens asked for at a time."""
-AHEAD = 32
+AHEAD = 16
 """Tokens kept reserved beyond what was emitted: the upstream may have made them before it notices a cut."""
 GAIN = 20.0
 """Of the price on pace: 5% behind it makes money 2.6 times as dear."""
@@ -229,10 +229,12 @@ class Call:
 
     @property
     def at_stake_nano(self) -> Nano:
-        """The same with a whole step ahead: what a ledger should hold. All of it, where output is not seen as it comes."""
+        """The same with room to go on, a quarter of what was emitted: what a ledger should hold, since that is charged where the
+        end is not known. All of it, where output is not seen as it comes."""
         if not self._job.metered:
             return self.reserved_nano
-        total = max(self.emitted_tokens, min(self.emitted_tokens + STEP, self.max_tokens))
+        ahead = min(max(2 * AHEAD, self.emitted_tokens // 4), STEP)
+        total = max(self.emitted_tokens, min(self.emitted_tokens + ahead, self.max_tokens))
         return min(self._job.tariff.cost(self._job.input_tokens, total), self.reserved_nano)
 
     async def emit(self, tokens: int) -> Refused | None:

@@ -233,7 +233,8 @@ class Trace:
             found |= self._of_answer(answer, self.entry)
         client.span.set_attributes(found)
         whole = answer is not None and answer.finished
-        _end_badly(client.span, _reason(client.failure) or (None if whole else why or "called_off"))
+        cut = (why if serves else None) or "called_off"
+        _end_badly(client.span, _reason(client.failure) or (None if whole else cut))
         client.span.end(client.ended_ns or self._now())
 
     # --- what spans say -----------------------------------------------------------------------------------------------

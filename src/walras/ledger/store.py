@@ -21,8 +21,9 @@ class Store(Protocol):
     """A ledger.
 
     Writes return at once; a `Ticket` is durable when `written` (or `Ticket.wait`) returns, which raises `OutputError` if the
-    ledger cannot be written now, and `Conflict` or `UnknownRequest` (both `RecordError`) if the record contradicts it.
-    Whatever raised was not written. The very same record again is accepted and changes nothing. Reads block: call them
+    ledger cannot be written now, and `Conflict` or `UnknownRequest` (both `RecordError`) if the record contradicts it;
+    of a record in a journal, that is only logged. A read sees what was acknowledged before it, unless writing fails or is held
+    up. Whatever raised was not written. The very same record again is accepted and changes nothing. Reads block: call them
     from a thread where a loop runs.
     """
 

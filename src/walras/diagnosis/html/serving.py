@@ -16,6 +16,8 @@ from walras.diagnosis.serving_report import (
     requests_per_cpu_s,
     seconds_text,
     size_text,
+    unit_text,
+    worth_head,
     worth_rows,
 )
 from walras.diagnosis.words import number, percent
@@ -63,12 +65,11 @@ def _timeline(found: Report) -> str:
 def _worth(found: Report) -> str:
     what = found.worth
     assert what is not None
-    unit = "seconds of others’ delay" if what.unit == "s" else "USD"
     said = (
         f"<p>Mean over {what.prices.probes} times drawn at random: the next {number(what.prices.horizon_s)} s are run twice, with one "
-        f"use more and without, and the delay of the others is compared. Prices are in {unit}, after ± stands a standard error.</p>"
+        f"use more and without, and what others wait is compared, in {unit_text(what)}. The error is a standard error.</p>"
     )
-    return said + table(("one more", "price", "±", "in each second", ""), worth_rows(what), (0, 4))
+    return said + table(worth_head(what), worth_rows(what), (0, 4))
 
 
 def _notes(found: Report) -> str:

@@ -20,6 +20,8 @@ ROWS = 20
 """Rows of a timeline's table, about."""
 SHARES = np.concatenate([np.linspace(0, 0.99, 100), [0.992, 0.995, 0.997, 0.998, 0.999, 0.9995, 1.0]])
 """Where a distribution is drawn."""
+WIDE = 16.0
+"""Rates of arrival that are more than so many times apart stand on a logarithmic axis."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
 
@@ -121,8 +123,8 @@ def _over_time(timeline: Timeline, title: str, caption: str, unit: str, series: 
 
 def distribution(name: str, title: str, caption: str, series: list[tuple[str, Latencies, str]]) -> Figure:
     """Cumulative distributions of seconds, on a logarithmic axis."""
-    data, shown = [], [one for one in series if one[1].count]
-    for label, seconds, color in shown:
+    data = []
+    for label, seconds, color in series:
         values = seconds.quantiles(SHARES)
         drawn = values > 0  # a logarithm has no place for those that did not wait
         x, y = values[drawn].tolist(), (100 * SHARES[drawn]).tolist()
@@ -133,17 +135,23 @@ def distribution(name: str, title: str, caption: str, series: list[tuple[str, La
     layout = figure_layout(330, x="seconds, logarithmic", y="requests, %", dollars="")
     layout["xaxis"] |= log_axis([value for trace in data for value in trace["x"]])
     layout["yaxis"] |= {"range": [0, 101], "dtick": 25}
-    layout["showlegend"] = len(shown) > 1
+    layout["showlegend"] = len(series) > 1
     rows = tuple(
         (f"{100 * share:g}%", *(seconds_text(value) for value in values))
         for share, *values in zip(
-            QUANTILES, *(one[1].quantiles(np.array(QUANTILES)) for one in shown), strict=True
+            QUANTILES, *(one[1].quantiles(np.array(QUANTILES)) for one in series), strict=True
         )
     )
-    mean = ("mean", *(seconds_text(one[1].mean) for one in shown))
-    most = ("longest", *(seconds_text(one[1].most) for one in shown))
+    mean = ("mean", *(seconds_text(one[1].mean) for one in series))
+    most = ("longest", *(seconds_text(one[1].most) for one in series))
     return Figure(
-        name, title, caption, tuple(data), layout, ("within", *(one[0] for one in shown)), (*rows, mean, most)
+        name,
+        title,
+        caption,
+        tuple(data),
+        layout,
+        ("within", *(one[0] for one in series)),
+        (*rows, mean, most),
     )
 
 
@@ -163,12 +171,16 @@ def log_axis(values: list[float]) -> dict[str, Any]:
 
 
 def distributions(played: Played) -> list[Figure]:
+    """The first token; and those after it, where an answer has any."""
     first = distribution(
         "ttft",
         "Until the first token (TTFT)",
-        "Read: so many percent of the requests had their first token within so many seconds. In line: until the step that first computes for them.",
+        "Read: so many percent of the requests had their first token within so many seconds. In line: until the step that first "
+        "computes for them.",
         [("first token", played.ttft, BEST), ("in line", played.queue, TODAY)],
     )
+    if not played.tpot.count:
+        return [first]
     each = distribution(
         "tpot",
         "Per output token (TPOT)",
@@ -182,8 +194,8 @@ def distributions(played: Played) -> list[Figure]:
 
 
 def load_figure(found: Sweep, most: int) -> Figure:
-    """Latency against requests completed per second, with the knee."""
-    x = [run.completed_per_s for run in found.runs]
+    """Latency against the rate of arrivals, with the knee."""
+    x = [run.arrivals_per_s for run in found.runs]
     series = [
         ("whole answer, mean", BEST, [run.latency.mean for run in found.runs], {}),
         ("TTFT, mean", TODAY, [run.ttft.mean for run in found.runs], {}),
@@ -199,14 +211,14 @@ def load_figure(found: Sweep, most: int) -> Figure:
         if all(s > 0 for s in y):  # no answer has a second token: there is no TPOT
             data.append(line(label, x, y, color, text, mode="lines+markers", line=style))
     seen = [s for trace in data for s in trace["y"]]
-    layout = figure_layout(400, x="requests completed per second", y="seconds, logarithmic", dollars="")
-    layout["xaxis"]["rangemode"] = "tozero"
+    layout = figure_layout(400, x="arrivals, requests per second", y="seconds, logarithmic", dollars="")
+    layout["xaxis"] |= log_axis(x) if x[-1] > WIDE * x[0] else {"rangemode": "tozero"}
     layout["yaxis"] |= log_axis(seen)
     layout["showlegend"] = True
     if found.bracketed:
         text = [f"knee: {found.factors[found.knee]:g}× the rate"] * 2
-        style = {"dash": "dash", "width": 1.5}
-        data.append(line("knee", [x[found.knee]] * 2, [min(seen), max(seen)], "--ink", text, line=style))
+        dashes = {"dash": "dash", "width": 1.5}
+        data.append(line("knee", [x[found.knee]] * 2, [min(seen), max(seen)], "--ink", text, line=dashes))
     first = f" (the first {most:,} of them)" if found.runs[0].requests == most else ""
     return Figure(
         id="load",
