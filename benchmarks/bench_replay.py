@@ -276,7 +276,11 @@ def speed_table(ours: Runs, theirs: Runs) -> list[str]:
         for rate in (lambda run: run.per_s, lambda run: run.replay_per_s):
             left, right = ([rate(run) for run in of] for of in (runs, theirs[workers, routing]))
             ratios = [a / b for a, b in zip(left, right, strict=False)]
-            cells += [spread(left, ",.0f"), spread(right, ",.0f"), f"**{spread(ratios, '.1f')}×**"]
+            cells += [
+                spread(left, ",.0f"),
+                spread(right, ",.0f"),
+                f"**{spread(ratios, '.1f')}×**" if ratios else "–",
+            ]
         lines.append(f"| {workers}, {routing} | {' | '.join(cells)} |")
     return lines
 
@@ -527,6 +531,8 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="rewrite the section of docs/benchmarks.md")
     options = parser.parse_args()
+    if options.write and options.dynosim is None:
+        parser.error("--write needs --dynosim: the page has the comparison")
     if "WALRAS_DATA" not in os.environ:
         raise SystemExit("WALRAS_DATA is not set: it names the folder of the shared data sets")
     data = Path(os.environ["WALRAS_DATA"]) / "serving"

@@ -81,7 +81,7 @@ def request(path: str, body: bytes, key: str, method: str | None = None, **heade
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
-async def raw(port: int, sent: bytes, within_s: float = 30.0) -> Got:
+async def raw(port: int, sent: bytes, within_s: float = 90.0) -> Got:
     """Send bytes, read until the service closes the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:

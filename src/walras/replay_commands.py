@@ -17,7 +17,18 @@ from rich.text import Text
 
 from walras import console
 from walras.diagnosis.contract import to_json
-from walras.diagnosis.serving import Engine, Played, Sweep, Traffic, interval_of, play, sweep, warm_up, worth
+from walras.diagnosis.serving import (
+    Engine,
+    Played,
+    Sweep,
+    Traffic,
+    Worth,
+    interval_of,
+    play,
+    sweep,
+    warm_up,
+    worth,
+)
 from walras.diagnosis.serving_report import (
     Report,
     profile_data,
@@ -152,18 +163,17 @@ def replay(
     price = load_economy(settings, {"lambda0": lambda0}).lambda0
     with console.steps() as on_step:
         on_step("reading")
-        if (trace is None) == (generate is None):
-            raise SettingsError("give one of the two", key="TRACE or --generate")
-        if trace is not None:
-            if lengths is not None:
-                raise SettingsError("is for --generate; a trace has its own", key="--lengths")
-            traffic = read_traffic(
-                trace, model=model, session_every_s=session_every, speed=rate, most=requests, price=price
-            )
-        else:
-            traffic = generated_traffic(
-                generate or "", lengths, speed=rate, most=requests, price=price, seed=seed
-            )
+        traffic = _traffic(
+            trace,
+            generate,
+            lengths,
+            model=model,
+            every_s=session_every,
+            speed=rate,
+            most=requests,
+            price=price,
+            seed=seed,
+        )
         options = EngineOptions(
             profile=profile,
             routing=routing,
@@ -215,6 +225,28 @@ def profiles(json: Json = False) -> None:
     console.show(profiles_screen(found))
 
 
+def _traffic(
+    trace: Path | None,
+    generate: str | None,
+    lengths: str | None,
+    *,
+    model: str | None,
+    every_s: float,
+    speed: float,
+    most: int | None,
+    price: float | None,
+    seed: int,
+) -> Traffic:
+    """The requests that the options name."""
+    if trace is not None and generate is None:
+        if lengths is not None:
+            raise SettingsError("is for --generate; a trace has its own", key="--lengths")
+        return read_traffic(trace, model=model, session_every_s=every_s, speed=speed, most=most, price=price)
+    if generate is not None and trace is None:
+        return generated_traffic(generate, lengths, speed=speed, most=most, price=price, seed=seed)
+    raise SettingsError("give one of the two", key="TRACE or --generate")
+
+
 # --- the work -----------------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +274,7 @@ def _worth(
     horizon_s: float,
     seed: int,
     on_step: Callable[[str], None],
-) -> Any:
+) -> Worth | None:
     if not probes:
         return None
     on_step(f"pricing resources at {probes} times")

@@ -151,6 +151,9 @@ class GatewaySettings(_Table):
         2000, description="Latest requests that prices are found from"
     )
     body_bytes: Annotated[int, Field(ge=1024)] = Field(16_000_000, description="Largest request body")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning", description="What is logged: from 'info' on each request, as JSON on standard error"
+    )
     keep_prompts: bool = Field(False, description="Whether the ledger keeps prompts, after redaction")
     redact: tuple[str, ...] = Field(
         (),

@@ -38,6 +38,8 @@ WIDEST = 64.0
 """A sweep looks for the knee up to so many times the rate, and down to its inverse."""
 SWEPT = 20_000
 """Requests of each run of a sweep, at most."""
+MIDDLE = 0.9
+"""Rates are taken between the tenth and the last tenth of the requests to end: a trace begins with nothing and ends with stragglers."""
 SURE = 2.0
 """Standard errors that a price must be above 0 to count."""
 
@@ -75,9 +77,11 @@ class Traffic:
             yield self._as_asked(piece)
 
     def _as_asked(self, piece: Requests) -> Requests:
-        if self.speed == 1 and self.delay_price is None:
+        # A trace may count from any day; a replay begins with its first request, which follows none.
+        begin = 0.0 if self.trace is None else float(piece.arrival_s[0])
+        if self.speed == 1 and self.delay_price is None and begin == 0:
             return piece
-        arrival = piece.arrival_s / self.speed
+        arrival = (piece.arrival_s - begin) / self.speed
         if piece.after is not None:
             arrival = np.where(piece.after < 0, arrival, piece.arrival_s)
         price = None if self.delay_price is None else np.full(len(piece), self.delay_price)
@@ -229,6 +233,8 @@ class Played:
     tpot: Latencies = field(default_factory=Latencies)
     """Of requests with more than one token."""
     latency: Latencies = field(default_factory=Latencies)
+    ends: Latencies = field(default_factory=Latencies)
+    """When requests ended, from the beginning."""
     timeline: Timeline | None = None
 
     def _add(self, served: Served) -> None:
@@ -241,6 +247,7 @@ class Played:
         self.ttft.add(served.ttft_s)
         self.tpot.add(served.tpot_s[served.tpot_s > 0])
         self.latency.add(served.latency_s)
+        self.ends.add(served.end_s)
 
     @property
     def kv_hit_ratio(self) -> float:
@@ -252,8 +259,24 @@ class Played:
         return self.requests / self.last_arrival_s if self.last_arrival_s > 0 else math.inf
 
     @property
+    def steady_s(self) -> tuple[float, float]:
+        """From when to when the middle of the requests ended: without the start, and without the last few."""
+        begin, end = self.ends.quantiles(np.array([1 - MIDDLE, MIDDLE])).tolist()
+        return begin, end
+
+    @property
     def completed_per_s(self) -> float:
-        return self.requests / self.end_s
+        """Requests that ended per second, over their middle."""
+        begin, end = self.steady_s
+        return (2 * MIDDLE - 1) * self.requests / (end - begin) if end > begin else self.requests / self.end_s
+
+    @property
+    def input_tokens_per_s(self) -> float:
+        return self.input_tokens / self.requests * self.completed_per_s
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        return self.output_tokens / self.requests * self.completed_per_s
 
 
 def interval_of(traffic: Traffic, wanted_s: float | None) -> float:
@@ -416,17 +439,24 @@ def worth(
     # Requests that all come at once leave no time between arrivals: then the time in which they are served.
     until_s = _last_arrival(piece) or played.end_s
     prices = resource_prices(replay, traffic.lengths, until_s, probes=probes, horizon_s=horizon_s, seed=seed)
-    blocks = engine.settings.kv_blocks * engine.settings.workers
-    timeline = played.timeline
-    held = float(timeline.kv_use.mean()) * blocks if timeline is not None and len(timeline) else 0.0
     used: dict[Resource, float] = {
-        "prefill": (played.input_tokens - played.cached_tokens) / played.end_s,
-        "decode": played.output_tokens / played.end_s,
-        "kv": held,
+        "prefill": played.input_tokens_per_s * (1 - played.kv_hit_ratio),
+        "decode": played.output_tokens_per_s,
+        "kv": _held(engine, played),
     }
     found = Worth(prices, "s" if traffic.delay_price is None else "usd", {})
     per_s = {resource: found.price(resource) * amount for resource, amount in used.items()}
     return dataclasses.replace(found, per_s=per_s)
+
+
+def _held(engine: Engine, played: Played) -> float:
+    """KV blocks that requests held, mean over their middle."""
+    timeline, (begin, end) = played.timeline, played.steady_s
+    if timeline is None or not len(timeline):
+        return 0.0
+    middle = (begin <= timeline.end_s) & (timeline.end_s <= end)
+    use = timeline.kv_use[middle] if middle.any() else timeline.kv_use
+    return float(use.mean()) * engine.settings.kv_blocks * engine.settings.workers
 
 
 # --- load against latency ---------------------------------------------------------------------------------------------

@@ -64,8 +64,8 @@ def replay_data(found: Report) -> dict[str, Any]:
         "throughput": {
             "arrivals_per_s": played.arrivals_per_s,
             "completed_per_s": played.completed_per_s,
-            "input_tokens_per_s": played.input_tokens / played.end_s,
-            "output_tokens_per_s": played.output_tokens / played.end_s,
+            "input_tokens_per_s": played.input_tokens_per_s,
+            "output_tokens_per_s": played.output_tokens_per_s,
             "end_s": played.end_s,
         },
         **{key: _spread(timeline, key) for key in ("running", "waiting", "kv_use")},
@@ -253,8 +253,8 @@ def load_rows(played: Played) -> list[tuple[str, str, str]]:
     """(name, mean, most) of load and memory."""
     rows = [
         ("requests completed per second", number(played.completed_per_s), ""),
-        ("prompt tokens per second", number(played.input_tokens / played.end_s), ""),
-        ("output tokens per second", number(played.output_tokens / played.end_s), ""),
+        ("prompt tokens per second", number(played.input_tokens_per_s), ""),
+        ("output tokens per second", number(played.output_tokens_per_s), ""),
     ]
     for name, key, text in (
         ("running", "running", number),
@@ -349,5 +349,5 @@ def profiles_screen(profiles: list[Profile]) -> RenderableType:
         for profile in profiles
     ]
     head = ("profile", "error", "p95", "held out", "KV tokens", "sequences", "step tokens")
-    note = "Error: of step times, or of latencies, that were left out of the fit; median and 95% quantile. `--json` has the sources."
-    return Group(table("Profiles", head, rows), Text(), Text(note))
+    said = "Errors are those on measurements left out of the fit: median and 95% quantile. --json has the sources."
+    return Group(Text(said), table("Profiles", head, rows))

@@ -7,6 +7,7 @@ fails before a byte went out leaves the request open to the next best use, if th
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import secrets
 import sys
@@ -28,6 +29,7 @@ from walras.gateway.escrow import LocalEscrow, Refused
 from walras.gateway.hedging import Waits, best_hedge
 from walras.gateway.http import EVENTS, JSON, Gone, HttpError, Request, log_bug
 from walras.gateway.keys import Key
+from walras.gateway.logs import event
 from walras.gateway.metering import Call as Money
 from walras.gateway.metering import Job, Meter, Tariff, scarcity
 from walras.gateway.metrics import Metrics
@@ -43,6 +45,7 @@ from walras.settings import Kind
 if TYPE_CHECKING:
     from walras.gateway.tracing import Trace, Tracer
 
+_log = logging.getLogger("walras.gateway")
 AUTO = ("auto", "walras/auto", "")
 SHOWN = 8
 """Alternatives an entry keeps, the best first."""
@@ -527,6 +530,16 @@ class Calls:
     async def _failed(self, run: Run, attempt: Attempt, failure: Failure) -> None:
         if run.trace is not None:
             run.trace.failed(attempt, failure)
+        event(
+            _log,
+            logging.INFO,
+            "attempt failed",
+            request_id=run.ask.request_id,
+            use=attempt.use,
+            upstream=attempt.upstream,
+            reason=failure.reason,
+            status=failure.status,
+        )
         self.metrics.count("attempts", attempt.upstream, failure.reason)
         await (self._cap(attempt) if failure.charged else self._release(attempt))
 
@@ -991,6 +1004,8 @@ class Calls:
     def _count(self, run: Run, entry: Entry) -> None:
         use, chosen, m = entry.use or "none", run.chosen, self.metrics
         m.count("requests", use, entry.status)
+        if _log.isEnabledFor(logging.INFO):
+            _tell(entry)
         if chosen is None or run.decision is None or entry.seconds is None:
             return
         m.count("charged_usd", use, by=entry.charged_nano / 1e9)
@@ -1045,6 +1060,22 @@ def _written(a: Alternative) -> Written:
         round(a.risk * n),
     )
     return Written(a.use, value, compute, latency, risk, value - compute - latency - risk)
+
+
+def _tell(entry: Entry) -> None:
+    event(
+        _log,
+        logging.INFO,
+        "request",
+        request_id=entry.request_id,
+        tenant=entry.tenant,
+        key_id=entry.key_id,
+        use=entry.use,
+        status=entry.status,
+        http_status=entry.http_status,
+        charged_nano=entry.charged_nano,
+        seconds=entry.seconds,
+    )
 
 
 def _dearest(prices: TokenPrices) -> Tariff:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import numpy as np
 
 from walras.errors import InfeasibleError, NotCleared
 from walras.gateway.board import Board, Standing
+from walras.gateway.logs import event
 from walras.gateway.offers import Asked, Experience, Known, tasks_of, uses_of
 from walras.prices import Prices
 from walras.settings import Economy
@@ -88,9 +90,14 @@ class Clearer:
                 await self.once()
             except (OSError, ValueError, EOFError) as error:
                 await self.stop()
-                self._board.post(
-                    replace(self._board.standing, problem=f"prices could not be found again: {error}")
-                )
+                self._complain(f"prices could not be found again: {error}")
+
+    def _complain(self, problem: str) -> None:
+        """The prices before still hold, and it is shown why."""
+        standing = self._board.standing
+        if problem != standing.problem:
+            event(logging.getLogger("walras.gateway"), logging.WARNING, "prices not found", problem=problem)
+        self._board.post(replace(standing, problem=problem))
 
     async def once(self) -> None:
         """One clearing, if there is anything to clear."""
@@ -114,7 +121,7 @@ class Clearer:
             raise EOFError("the clearing process ended")
         answer = json.loads(line)
         if "problem" in answer:
-            board.post(replace(before, problem=answer["problem"]))
+            self._complain(answer["problem"])
             return
         prices = Prices.from_json(answer["prices"])
         now = board.clock()

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from walras.errors import WalrasError
+from walras.gateway.logs import event
 from walras.gateway.wire import to_json
 
 Scope = MutableMapping[str, Any]
@@ -147,4 +148,4 @@ def log_bug(error: BaseException) -> None:
     """Where it happened; never what it said, which may hold a key or a prompt."""
     frames = traceback.extract_tb(error.__traceback__)[-8:]
     where = " < ".join(f"{f.name} {f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in reversed(frames))
-    logging.getLogger("walras.gateway").error("%s in %s", type(error).__name__, where)
+    event(logging.getLogger("walras.gateway"), logging.ERROR, f"{type(error).__name__} in {where}")

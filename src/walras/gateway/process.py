@@ -15,6 +15,7 @@ from pathlib import Path
 import uvloop
 
 from walras.errors import WalrasError
+from walras.gateway import logs
 from walras.gateway.keys import KeyStore, NewKey
 from walras.gateway.serve import demo_economy, serve
 from walras.ledger.store import LEDGER
@@ -28,6 +29,7 @@ def main(argument: str) -> None:
     wanted = json.loads(argument)
     declared = Economy.model_validate_json(wanted["economy"])
     economy = demo_economy(declared)
+    logs.set_up(economy.gateway.log_level)
 
     def on_ready(url: str, keys: KeyStore) -> None:
         first = _first_key(keys)

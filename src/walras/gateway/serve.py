@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ from walras.gateway.calls import Calls
 from walras.gateway.clearer import Clearer
 from walras.gateway.escrow import LocalEscrow, period_of
 from walras.gateway.keys import Key, KeyStore
+from walras.gateway.logs import event
 from walras.gateway.metering import Meter
 from walras.gateway.metrics import Metrics
 from walras.gateway.protocol import Protocol, sweep
@@ -37,6 +39,7 @@ from walras.settings import Economy, ModelSettings
 if TYPE_CHECKING:
     from walras.gateway.tracing import Tracer
 
+_log = logging.getLogger("walras.gateway")
 DRAIN_S = 30
 """Most seconds that calls under way are waited for when the service stops."""
 WRITE_S = 5.0
@@ -268,8 +271,9 @@ async def serve(
         while not server.started and not running.done():
             await asyncio.sleep(0.005)
         _settle_memory()
-        service.gateway.ready = True
         host, port = sock.getsockname()[:2]
+        service.gateway.ready = True
+        event(_log, logging.INFO, "serving", host=host, port=port, models=list(economy.models))
         on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", service.keys)
         await running
     finally:
@@ -283,6 +287,7 @@ async def serve(
         if left:
             await asyncio.wait(left, timeout=CUT_S)
         await service.stop()
+        event(_log, logging.INFO, "stopped")
 
 
 def _settle_memory() -> None:
@@ -301,7 +306,7 @@ def server_of(app: Any) -> uvicorn.Server:
         ws="none",
         lifespan="off",
         access_log=False,
-        log_level="warning",
+        log_config=None,
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=75,

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import time
@@ -39,6 +40,7 @@ from walras.gateway.dialects import (
     translate_reply,
     write_call,
 )
+from walras.gateway.logs import event
 from walras.gateway.transport import (
     Cut,
     Endpoint,
@@ -67,6 +69,7 @@ Reason = Literal[
     "rate limited", "not served", "refused", "server error",
 ]  # fmt: skip
 
+_log = logging.getLogger("walras.gateway")
 MILLION = 1_000_000
 LONGEST_RETRY_AFTER_S = 3600.0
 DRAIN_S = 0.05
@@ -664,6 +667,22 @@ class _Lease:
         self.route.in_flight -= held
         return held
 
+    def _failed(self) -> None:
+        route = self.route
+        was = route.breaker.state
+        route.breaker.failed(self._trial, route.in_flight)
+        if was != "open" and route.breaker.state == "open":
+            event(
+                _log,
+                logging.WARNING,
+                "upstream left alone for a while",
+                upstream=self._upstream.name,
+                region=route.region,
+                key=route.key,
+                seconds=round(route.breaker.wait_s, 3),
+                failures_in_row=route.breaker.failures_in_row,
+            )
+
     def done(self) -> None:
         if self._end():
             self.route.breaker.succeeded(self._trial)
@@ -689,7 +708,7 @@ class _Lease:
     ) -> Failure:  # fmt: skip
         """A failure by the provider's fault."""
         if self._end():
-            self.route.breaker.failed(self._trial, self.route.in_flight)
+            self._failed()
         return Failure(
             self._upstream.name, reason, problem, may_retry=not begun, charged=charged, error=error
         )
@@ -705,7 +724,7 @@ class _Lease:
             elif status in (401, 402, 403, 429):
                 breaker.blocked(self._trial, policy.not_served_s)
             elif reason == "server error":
-                breaker.failed(self._trial, self.route.in_flight)
+                self._failed()
                 if told_s is not None:
                     breaker.blocked(False, told_s)
             else:  # it answered: the request or the model is at fault

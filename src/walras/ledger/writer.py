@@ -219,22 +219,29 @@ class Writer:
                     done = self._attempt(records[:half])
                     return done + self._attempt(records[half:]) if self.state is HEALTHY else []
                 errors = [self._backend.explain(records[0], why)]
-            self.state = HEALTHY
+            self._now(HEALTHY)
             return errors
         except Unwritable as why:
-            self.state = why.state
+            self._now(why.state)
         except Exception as error:  # a bug must not leave requests waiting for a dead thread
-            self.state = _broken(error)
+            self._now(_broken(error))
         return []
+
+    def _now(self, state: State) -> None:
+        """How writing goes; a change is logged."""
+        if state.name != self.state.name:
+            level = logging.WARNING if state is HEALTHY else logging.ERROR
+            logging.getLogger("walras.ledger").log(level, state.sentence)
+        self.state = state
 
     def _probe(self) -> None:
         try:
             self._backend.probe()
-            self.state = HEALTHY
+            self._now(HEALTHY)
         except Unwritable as why:
-            self.state = why.state
+            self._now(why.state)
         except Exception as error:
-            self.state = _broken(error)
+            self._now(_broken(error))
 
     @staticmethod
     def _resolve(batch: Sequence[Ticket], errors: Sequence[WalrasError | None]) -> None:
