@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engines import Case, flat_steps, random_case
@@ -55,6 +55,9 @@ def same(left: Served, right: Served) -> bool:
 
 
 @given(SEEDS, SIZES)
+@example(1161, 17)  # routing looks at memory in the middle of a run that throws out what it looks for
+@example(1043, 30)  # sequences that end together give their blocks back in the order in which they came
+@example(10, 29)  # a slot is given back one step late, with someone waiting for it
 @settings(max_examples=150)
 def test_agrees_with_a_simulator_that_moves_every_token_by_itself(seed: int, n: int) -> None:
     case = random_case(seed, n)
@@ -165,17 +168,18 @@ def test_memory_does_not_grow_with_the_trace() -> None:
     engine, steps = replace(SMALL, kv_blocks=2000), flat_steps(64, 8, 1e-4, 1e-6)
     lengths = Lengths.lognormal(30, 3, 0.5)
 
+    def served(count: int) -> int:
+        chunks = generate(Poisson(500.0), lengths, count, 1, 4096)
+        return sum(len(piece) for piece in stream(engine, steps, chunks))
+
     def peak(count: int) -> int:
         tracemalloc.start()
-        served = sum(
-            len(piece) for piece in stream(engine, steps, generate(Poisson(500.0), lengths, count, 1, 4096))
-        )
-        assert served == count
+        assert served(count) == count
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most
 
-    peak(8192)
+    assert served(8192) == 8192  # compiles what is not compiled yet
     assert peak(160_000) < 1.2 * peak(20_000)
 
 

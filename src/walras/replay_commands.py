@@ -105,11 +105,11 @@ def replay(
         int | None, typer.Option(help="KV blocks of a replica, else the profile's", min=1)
     ] = None,
     block_tokens: Annotated[int, typer.Option(help="Tokens of a KV block", min=1)] = BLOCK_TOKENS,
-    step_tokens: Annotated[
-        int | None, typer.Option(help="New tokens in a step (max_num_batched_tokens)", min=1)
+    max_batched_tokens: Annotated[
+        int | None, typer.Option(help="New tokens in a step, else the profile's", min=1)
     ] = None,
-    sequences: Annotated[
-        int | None, typer.Option(help="Sequences a replica runs at once (max_num_seqs)", min=1)
+    max_sequences: Annotated[
+        int | None, typer.Option(help="Sequences a replica runs at once, else the profile's", min=1)
     ] = None,
     chunked_prefill: Annotated[bool, typer.Option(help="Split long prompts over steps")] = True,
     prefix_caching: Annotated[
@@ -182,8 +182,8 @@ def replay(
             decode_workers=decode_workers,
             kv_blocks=kv_blocks,
             block_tokens=block_tokens,
-            step_tokens=step_tokens,
-            sequences=sequences,
+            max_batched_tokens=max_batched_tokens,
+            max_sequences=max_sequences,
             chunked_prefill=chunked_prefill,
             prefix_caching=prefix_caching,
             kv_bytes=kv_bytes,

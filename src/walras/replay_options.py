@@ -156,8 +156,8 @@ class EngineOptions:
     decode_workers: int | None
     kv_blocks: int | None
     block_tokens: int
-    step_tokens: int | None
-    sequences: int | None
+    max_batched_tokens: int | None
+    max_sequences: int | None
     chunked_prefill: bool
     prefix_caching: bool
     kv_bytes: float
@@ -176,8 +176,8 @@ def read_engine(options: EngineOptions, prefix_tokens: int) -> Engine:
         kv_blocks=options.kv_blocks or max(1, limits.kv_tokens // block),
         block_tokens=block,
         prefix_tokens=prefix_tokens,
-        max_batched_tokens=options.step_tokens or limits.step_tokens,
-        max_sequences=options.sequences or limits.most_sequences,
+        max_batched_tokens=options.max_batched_tokens or limits.step_tokens,
+        max_sequences=options.max_sequences or limits.most_sequences,
         chunked_prefill=options.chunked_prefill,
         prefix_caching=options.prefix_caching,
         schedule_ahead=limits.steps_ahead > 0,

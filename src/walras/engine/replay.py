@@ -191,7 +191,13 @@ class Replay:
         clock = self._state.clock
         while True:
             full = kernel.advance(
-                self._setup, self._columns, self._tables, self._state, self._log, self._samples, until_s
+                self._setup,
+                self._columns,
+                self._tables,
+                self._state,
+                self._log,
+                self._samples,
+                float(until_s),
             )
             if full == DONE:
                 break
@@ -494,7 +500,8 @@ def _tables(settings: EngineSettings, steps: StepTimes, routing: Routing) -> Tab
     batch = np.empty(len(steps.decode_s), BATCH)
     for key in BATCH.names or ():
         batch[key] = getattr(steps, f"{key}_s")
-    return Tables(steps.dense_s, batch, routing.weights(settings.workers))
+    # A copy can be written to, as the compiled replay expects of every array: it would be compiled anew for others.
+    return Tables(steps.dense_s.copy(), batch, routing.weights(settings.workers))
 
 
 def _spare_slots(count: int) -> Any:

@@ -6,7 +6,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,12 @@ def _columns_of(path: Path, kind: str) -> list[str]:
 
 def _json_head(path: Path) -> dict[str, Any]:
     """Keys of the first records, each with its first value that is not null."""
+    now = path.stat()
+    return _head_of(path, now.st_size, now.st_mtime_ns)
+
+
+@lru_cache(4)  # it is asked for several times in one reading
+def _head_of(path: Path, _size: int, _changed_ns: int) -> dict[str, Any]:
     head: dict[str, Any] = {}
     with _stream(path) as stream:
         text = stream.read(BATCH_BYTES)
