@@ -168,9 +168,7 @@ def open_service(
     transport = HttpTransport()
     upstreams = build_upstreams(economy, transport, SimulatedTransport())
     tracer = _tracer(upstreams)
-    store = open_store(
-        ledger or data / "ledger.sqlite", durable=__import__("os").environ.get("DUR", "journal")
-    )
+    store = open_store(ledger or data / "ledger.sqlite", durable="journal")
     try:
         recover(store)
         keys = KeyStore(data / "keys.sqlite", _Budgets(economy, escrow, store))
