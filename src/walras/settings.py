@@ -228,7 +228,7 @@ class Economy(Group):
         for name, model in self.models.items():
             if model.upstream not in self.upstreams:
                 raise ValueError(
-                    f"models.{name}: no upstream '{model.upstream}'; there are {list(self.upstreams)}"
+                    f"models.{name}: no upstream '{model.upstream}'; there are: {', '.join(self.upstreams) or 'none'}"
                 )
             if model.kind == "embeddings" and self.upstreams[model.upstream].kind == "anthropic":
                 raise ValueError(f"models.{name}: Anthropic's API has no embeddings; name another upstream")

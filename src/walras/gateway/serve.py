@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from walras.errors import OutputError, SettingsError
+from walras.errors import OutputError, SettingsError, nearest
 from walras.gateway.app import Gateway
 from walras.gateway.board import Board
 from walras.gateway.calls import Calls
@@ -85,8 +85,9 @@ def build_upstreams(economy: Economy, transport: Transport, simulated: Transport
     """One for each table of the settings.
 
     Raises:
-        SettingsError: an upstream without a model, a URL or a key that is not there.
+        SettingsError: an upstream without a model, a URL or a key that is not there; a rule about no model.
     """
+    _named(economy)
     found = {}
     for name, table in economy.upstreams.items():
         own = {m: s for m, s in economy.models.items() if s.upstream == name}
@@ -103,6 +104,17 @@ def build_upstreams(economy: Economy, transport: Transport, simulated: Transport
         )
         found[name] = Upstream(settings, simulated if table.kind == "simulated" else transport)
     return found
+
+
+def _named(economy: Economy) -> None:
+    """Raises SettingsError for a model that no client could name, and for a rule about a model that is not there."""
+    if AUTO in economy.models:
+        what = f"'{AUTO}' asks for any model, so none can have that name"
+        raise SettingsError(what, key=f"models.{AUTO}", hint="rename it; upstream_model says what it is called there")
+    for kind, group, model in economy.forbidden_models():
+        if model not in economy.models:
+            where = f"{kind}.{group}.forbidden_models"
+            raise SettingsError(f"there is no model '{model}'", key=where, hint=nearest(model, economy.models))
 
 
 def _served(name: str, model: ModelSettings) -> Served:
