@@ -290,6 +290,15 @@ def served(*options: object) -> Ran:
         (FIRST.replace('upstream = "first"', 'upstream = "frist"'), ("no upstream 'frist'", "first")),
         (FIRST.replace("base_url", "bas_url"), ("unknown setting", "'base_url'")),
         (FIRST, ("upstreams.first.key_env", "WALRAS_TEST_KEY is not set")),
+        (
+            FIRST.replace("http://x/v1", "ftp://x").replace("WALRAS_TEST_KEY", "PATH"),
+            ("upstreams.first.base_url", "must be http"),
+        ),
+        (FIRST.replace("[models.m]", "[models.auto]"), ("models.auto", "rename it")),
+        (
+            '[tenants.a]\nforbidden_models = ["simulated-smal"]\n',
+            ("tenants.a.forbidden", "'simulated-small'"),
+        ),
         ('[upstreams.first]\nkind = "simulated"\n', ("models",)),  # and nothing simulated in its place
         ('[gateway]\nredact = ["("]\n', ("gateway.redact", "no regular expression")),
     ],
@@ -305,6 +314,7 @@ def test_what_stands_in_the_way_is_named(service: Service, tmp_path: Path) -> No
     failed(served("--data", tmp_path / "a", "--port", port), 4, "already in use", "--port")
     failed(served("--data", service.data), 7, "another process writes it")
     failed(served("--data", "/proc/no"), 7, "cannot be made")
+    failed(served("--data", tmp_path / "a", "--ledger", "mysql://x"), 4, "--ledger", "postgresql://")
     url = "postgresql://nobody:pass-word@127.0.0.1:1/x"
     nowhere = served("--data", tmp_path / "a", "--ledger", url)
     failed(nowhere, 7, "PostgreSQL", "does not answer")

@@ -27,7 +27,7 @@ from walras.gateway.clearer import clear
 from walras.gateway.metering import Call as Money
 from walras.gateway.metering import Job, Tariff
 from walras.gateway.offers import Asked, tasks_of, uses_of
-from walras.gateway.serve import build_upstreams, demo_economy
+from walras.gateway.serve import build_upstreams, demo_economy, open_service
 from walras.gateway.simulated import SimulatedTransport
 from walras.gateway.wire import Usage
 from walras.ledger import Filter, open_store, verify
@@ -467,6 +467,39 @@ def test_a_region_needs_a_url() -> None:
     economy = Economy.model_validate({"upstreams": {"first": table}, "models": {"m": model}})
     with pytest.raises(SettingsError, match="must be http"):
         build_upstreams(economy, SimulatedTransport(), SimulatedTransport())
+
+
+# --- what a client is told ---------------------------------------------------------------------------------------------
+
+
+def test_where_a_budget_makes_it_dear_the_client_is_told_which_and_until_when(tmp_path: Path) -> None:
+    async def test(service: Live) -> None:
+        poor = service.make_key("acme", budget_usd=0.0, period="hour")
+        got = await service.ask(CALL, CHAT | {"model": "auto"}, poor.secret)
+        assert (got.status, got.json()["error"]["code"]) == (402, "not_worth_its_price")
+        assert f"the budget of key:{poor.key.id} is short; it resets in" in got.json()["error"]["message"]
+        assert 0 < int(got.headers["retry-after"]) <= 3600
+        rich = await service.ask(CALL, CHAT | {"model": "auto"}, x_walras_value="1e-9")
+        assert rich.status == 402
+        assert "budget" not in rich.json()["error"]["message"]
+        assert "retry-after" not in rich.headers
+
+    run(tmp_path, test)
+
+
+def test_a_tier_that_is_named_as_a_model_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    menu = tmp_path / "menu.json"
+    tiers = [{"name": name, "type_from": 0.1} for name in ("simulated-small", "gold")]
+    menu.write_text(json.dumps({"tiers": tiers}))
+
+    async def main() -> tuple[str, ...]:
+        service = open_service(demo_economy(Economy()), tmp_path / "data", menu=menu)
+        await service.stop()
+        return service.gateway.calls.tiers
+
+    assert asyncio.run(main()) == ("gold",)
+    told = next(r for r in caplog.records if "tiers named as models" in r.getMessage())
+    assert vars(told)["walras_fields"] == {"tiers": ["simulated-small"]}
 
 
 # --- corrections ---------------------------------------------------------------------------------------------------------------

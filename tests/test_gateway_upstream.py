@@ -504,7 +504,7 @@ def test_the_least_busy_key_is_used() -> None:
     run(main())
 
 
-def test_with_every_key_resting_nothing_is_sent() -> None:
+def test_with_every_key_resting_nothing_is_sent(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         clock = Clock()
         transport = Scripted(
@@ -518,6 +518,12 @@ def test_with_every_key_resting_nothing_is_sent() -> None:
         assert (error.reason, error.may_retry, error.charged) == ("no route", True, False)
         assert (error.retry_after_s, error.client_status) == (60.0, 503)
         assert len(transport.sent) == 2
+        told = [
+            record for record in caplog.records if record.getMessage() == "upstream left alone for a while"
+        ]
+        fields = [vars(record)["walras_fields"] for record in told]
+        assert [(f["status"], f["seconds"]) for f in fields] == [(429, 60.0), (401, 60.0)]
+        assert sorted(f["key"] for f in fields) == [1, 2]
         assert not upstream.offer("m", Usage(input=10), 5, 5).available
         clock.now += 60
         assert (await upstream.ask(ask(), "m", STAMP)).finished

@@ -25,7 +25,7 @@ from walras.errors import OutputError
 from walras.gateway.board import Alternative, Board, Decision
 from walras.gateway.books import Books
 from walras.gateway.dialects import prompt_text, read_call
-from walras.gateway.escrow import LocalEscrow, Refused
+from walras.gateway.escrow import LocalEscrow, Refused, Standing
 from walras.gateway.hedging import Waits, best_hedge
 from walras.gateway.http import EVENTS, JSON, Gone, HttpError, Request, log_bug
 from walras.gateway.keys import Key
@@ -571,13 +571,22 @@ class Calls:
         elif isinstance(refused, Refused):
             status, error = "refused", self._no_money(refused, run.ask.key)
         else:
-            error = self._none_open(run.ask, run.decision)
+            error = self._none_open(run.ask, run.decision, await self._shortest(run.ask))
             status = "error" if error.status == 503 else "refused"
         self.metrics.count("refused", error.code if last is None else "failed")
         await self._close(run, Told(status, "none", error.status))
         return error
 
-    def _none_open(self, ask: Ask, decision: Decision | None) -> HttpError:
+    async def _shortest(self, ask: Ask) -> tuple[str, Standing] | None:
+        """Of the budgets that pay, the one whose money is dearest; none where a dollar counts as a dollar."""
+        now = self.board.clock()
+        standing = {account: await self.escrow.standing(account, now) for account in ask.key.accounts}
+        dearest = max(standing, key=lambda account: scarcity(standing[account], now))
+        return (dearest, standing[dearest]) if scarcity(standing[dearest], now) > 0 else None
+
+    def _none_open(
+        self, ask: Ask, decision: Decision | None, short: tuple[str, Standing] | None
+    ) -> HttpError:
         """Of the uses that were asked for none is worth its price, or up, or fast enough, or allowed."""
         named = self._named(ask.call.model)
         wanted = {ask.call.model} if named else set(self.board.of(ask.kind))
@@ -588,7 +597,11 @@ class Calls:
                 f"no use is worth its price: the best, {best.use}, is worth {best.value:.3g} USD and costs "
                 f"{best.value - best.net:.3g} at prices version {decision.version}"
             )
-            return HttpError(402, what, code="not_worth_its_price", headers=(_FINAL,))
+            wait = None
+            if short is not None:
+                when, wait = self._resets(short[1].resets_at_ns)
+                what += f", and the budget of {short[0]} is short; {when}"
+            return HttpError(402, what, code="not_worth_its_price", headers=(*_retry(wait), _FINAL))
         if wanted <= set(ask.down):
             what = "no upstream is up for this request"
             return HttpError(503, what, code="unavailable", headers=_retry(5.0))
@@ -599,9 +612,7 @@ class Calls:
         return HttpError(403, what, code="permission_denied", param="model")
 
     def _no_money(self, refused: Refused, key: Key) -> HttpError:
-        now = self.board.clock()
-        wait = None if refused.resets_at_ns is None else max((refused.resets_at_ns - now) / 1e9, 0.0)
-        when = "it does not reset" if wait is None else f"it resets in {wait:.0f} s"
+        when, wait = self._resets(refused.resets_at_ns)
         left = f"{refused.remaining_nano / 1e9:.9f} USD left, too little for this request"
         if refused.account == "global" and key.scope == "tenant":  # not the tenant's to know
             left = "too little left for this request"
@@ -611,6 +622,13 @@ class Calls:
             code="insufficient_quota",
             headers=(*_retry(wait), _FINAL),
         )
+
+    def _resets(self, at_ns: Nano | None) -> tuple[str, float | None]:
+        """When a budget does, in words and seconds."""
+        if at_ns is None:
+            return "it does not reset", None
+        wait = max((at_ns - self.board.clock()) / 1e9, 0.0)
+        return f"it resets in {math.ceil(wait)} s", wait
 
     async def _try(self, run: Run, attempt: Attempt) -> None:
         """One attempt. Raises `Failure` if it failed and the client has seen nothing of it."""

@@ -44,6 +44,7 @@ def main(argument: str) -> None:
         _say(f"watch: {url}/" + (f"#key={first.secret}" if first else ""))
 
     menu = None if wanted["menu"] is None else Path(wanted["menu"])
+    os.umask(0o077)  # the ledger may hold prompts
     try:
         uvloop.run(
             serve(economy, Path(wanted["data"]), ledger=os.environ.get(LEDGER), menu=menu, on_ready=on_ready)

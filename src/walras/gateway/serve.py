@@ -21,7 +21,7 @@ import uvicorn
 from walras.errors import OutputError, SettingsError, nearest
 from walras.gateway.app import Gateway
 from walras.gateway.board import Board
-from walras.gateway.calls import Calls
+from walras.gateway.calls import AUTO, Calls
 from walras.gateway.clearer import Clearer
 from walras.gateway.escrow import LocalEscrow, period_of
 from walras.gateway.keys import Key, KeyStore
@@ -108,13 +108,17 @@ def build_upstreams(economy: Economy, transport: Transport, simulated: Transport
 
 def _named(economy: Economy) -> None:
     """Raises SettingsError for a model that no client could name, and for a rule about a model that is not there."""
-    if AUTO in economy.models:
-        what = f"'{AUTO}' asks for any model, so none can have that name"
-        raise SettingsError(what, key=f"models.{AUTO}", hint="rename it; upstream_model says what it is called there")
+    for name in set(AUTO) & set(economy.models):
+        hint = "rename it: upstream_model says what it is called there"
+        raise SettingsError(
+            f"'{name}' asks for any model, so none has that name", key=f"models.{name}", hint=hint
+        )
     for kind, group, model in economy.forbidden_models():
         if model not in economy.models:
             where = f"{kind}.{group}.forbidden_models"
-            raise SettingsError(f"there is no model '{model}'", key=where, hint=nearest(model, economy.models))
+            raise SettingsError(
+                f"there is no model '{model}'", key=where, hint=nearest(model, economy.models)
+            )
 
 
 def _served(name: str, model: ModelSettings) -> Served:
@@ -191,6 +195,9 @@ def open_service(
         lambda s: metrics.prices(s.version, [(p.constraint.name, p.multiplier) for p in s.prices.discovered])
     )
     calls = Calls(board, Meter(escrow), escrow, store, upstreams, metrics, _read_menu(menu))
+    hidden = [t["name"] for t in (calls.menu or {}).get("tiers", ()) if t["name"] in economy.models]
+    if hidden:
+        event(_log, logging.WARNING, "tiers named as models are: the name means the model", tiers=hidden)
     warm(calls, store, economy.gateway.window)
     calls.tracer = tracer
     gateway = Gateway(board, calls, keys, store, escrow, metrics)

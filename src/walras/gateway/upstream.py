@@ -484,7 +484,14 @@ class Upstream:
         for region, url in regions.items():
             for number, key in enumerate(self._keys, 1) if self._keys else [(0, None)]:
                 breaker = Breaker(settings.breaker, self.now)
-                routes.append(_Route(region, number, self._endpoints(url, key), breaker))
+                try:
+                    endpoints = self._endpoints(url, key)
+                except SettingsError as error:
+                    if error.key != "base_url":
+                        raise
+                    where = f"upstreams.{self.name}." + (f"regions.{region}" if region else "base_url")
+                    raise SettingsError(str(error).removeprefix("base_url: "), key=where) from error
+                routes.append(_Route(region, number, endpoints, breaker))
         return routes
 
     def _endpoints(self, url: str, key: Secret | None) -> dict[str, Endpoint]:
@@ -668,20 +675,28 @@ class _Lease:
         return held
 
     def _failed(self) -> None:
-        route = self.route
-        was = route.breaker.state
-        route.breaker.failed(self._trial, route.in_flight)
-        if was != "open" and route.breaker.state == "open":
-            event(
-                _log,
-                logging.WARNING,
-                "upstream left alone for a while",
-                upstream=self._upstream.name,
-                region=route.region,
-                key=route.key,
-                seconds=round(route.breaker.wait_s, 3),
-                failures_in_row=route.breaker.failures_in_row,
-            )
+        breaker, was = self.route.breaker, self.route.breaker.state
+        breaker.failed(self._trial, self.route.in_flight)
+        if was != "open" and breaker.state == "open":
+            self._left_alone(failures_in_row=breaker.failures_in_row)
+
+    def _blocked(self, status: int, seconds: float) -> None:
+        breaker, was = self.route.breaker, self.route.breaker.state
+        breaker.blocked(self._trial, seconds)
+        if was != "open":
+            self._left_alone(status=status)
+
+    def _left_alone(self, **why: int) -> None:
+        event(
+            _log,
+            logging.WARNING,
+            "upstream left alone for a while",
+            upstream=self._upstream.name,
+            region=self.route.region,
+            key=self.route.key,
+            seconds=round(self.route.breaker.wait_s, 3),
+            **why,
+        )
 
     def done(self) -> None:
         if self._end():
@@ -720,9 +735,9 @@ class _Lease:
         breaker = self.route.breaker
         if self._end():
             if reason == "rate limited" and error.code != "insufficient_quota":
-                breaker.blocked(self._trial, policy.limited_s if told_s is None else told_s)
+                self._blocked(status, policy.limited_s if told_s is None else told_s)
             elif status in (401, 402, 403, 429):
-                breaker.blocked(self._trial, policy.not_served_s)
+                self._blocked(status, policy.not_served_s)
             elif reason == "server error":
                 self._failed()
                 if told_s is not None:

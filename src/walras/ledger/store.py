@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+from walras.errors import SettingsError
 from walras.ledger.entry import Correction, Entry, Hold, Outcome
 from walras.ledger.money import Nano
 from walras.ledger.sql import ALL, Filter, Query, Row
@@ -87,4 +88,6 @@ def open_store(url: str | Path, *, durable: Durable = "normal", read_only: bool 
         from walras.ledger.postgres import PostgresStore  # noqa: PLC0415 - an extra
 
         return PostgresStore(str(url), durable=durable, read_only=read_only)
+    if "://" in str(url):
+        raise SettingsError("a ledger is at postgresql://…, or in a file", key="--ledger")
     return SqliteStore(url, durable=durable, read_only=read_only)
