@@ -885,6 +885,9 @@ class Calls:
 
     async def _refused(self, run: Run, attempt: Attempt, tokens: int) -> bool:
         """Whether the stream must be cut before these tokens go out; what they may cost is written first."""
+        signs = self.meter.signs(attempt.use)
+        signs.came(tokens)
+        attempt.money.ahead = signs.ahead
         refused = await attempt.money.emit(tokens)
         if refused is None and attempt.money.needed_nano > attempt.held:
             await self._hold(run, attempt)

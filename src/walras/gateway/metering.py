@@ -30,7 +30,7 @@ LEAST = 0.5
 STEP = 256
 """Tokens asked for at a time."""
 AHEAD = 16
-"""Tokens kept reserved beyond what was emitted: the upstream may have made them before it notices a cut."""
+"""Least tokens kept reserved beyond what was emitted: the upstream may have made them before it notices a cut."""
 GAIN = 20.0
 """Of the price on pace: 5% behind it makes money 2.6 times as dear."""
 GRACE = 0.02
@@ -178,11 +178,21 @@ class Signs:
     seldom metered too low, and the larger one counts.
     """
 
-    __slots__ = ("_character", "_piece")
+    __slots__ = ("_burst", "_character", "_piece")
 
     def __init__(self) -> None:
+        self._burst = 0.0
         self._piece, self._character = 1.0, 1 / 3
         """Tokens for each: most providers send one in a piece, and few languages have less than three characters in one."""
+
+    @property
+    def ahead(self) -> int:
+        """Tokens to keep reserved: as many as have lately come at once, for they are paid even if they do not fit."""
+        return min(max(AHEAD, ceil(self._burst)), STEP)
+
+    def came(self, tokens: int) -> None:
+        """So many came at once."""
+        self._burst = max(tokens, self._burst * (1 - 1 / 256))
 
     def tokens(self, pieces: int, characters: int) -> int:
         """Tokens of a stream so far."""
@@ -205,7 +215,7 @@ def _toward(known: float, ratio: float) -> float:
 class Call:
     """The money of one call. Ask `emit` before tokens go out; then `settle` or `release`, whatever happens."""
 
-    __slots__ = ("_job", "_meter", "_reservation", "emitted_tokens", "max_tokens", "reserved_nano")
+    __slots__ = ("_job", "_meter", "_reservation", "ahead", "emitted_tokens", "max_tokens", "reserved_nano")
 
     def __init__(self, meter: Meter, job: Job, reservation: Reservation, max_tokens: int) -> None:
         self._meter, self._job = meter, job
@@ -215,6 +225,8 @@ class Call:
         self.reserved_nano = reservation.amount_nano
         """Most that was ever set aside: what to charge where the upstream's charge cannot be known."""
         self.emitted_tokens = 0
+        self.ahead = AHEAD
+        """Tokens kept reserved beyond those emitted."""
 
     @property
     def emitted_nano(self) -> Nano:
@@ -224,7 +236,7 @@ class Call:
     @property
     def needed_nano(self) -> Nano:
         """What the input and the tokens emitted so far cost at most, and what the upstream may have made meanwhile."""
-        total = max(self.emitted_tokens, min(self.emitted_tokens + AHEAD, self.max_tokens))
+        total = max(self.emitted_tokens, min(self.emitted_tokens + self.ahead, self.max_tokens))
         return self._job.tariff.cost(self._job.input_tokens, total)
 
     @property
@@ -233,7 +245,7 @@ class Call:
         end is not known. All of it, where output is not seen as it comes."""
         if not self._job.metered:
             return self.reserved_nano
-        ahead = min(max(2 * AHEAD, self.emitted_tokens // 4), STEP)
+        ahead = min(max(2 * self.ahead, self.emitted_tokens // 4), STEP)
         total = max(self.emitted_tokens, min(self.emitted_tokens + ahead, self.max_tokens))
         return min(self._job.tariff.cost(self._job.input_tokens, total), self.reserved_nano)
 
@@ -241,7 +253,7 @@ class Call:
         """Before so many more tokens go out; None: they may. Refused: cut here, with finish reason "length"."""
         tariff, given, total = self._job.tariff, self._job.input_tokens, self.emitted_tokens + tokens
         # An upstream that ignores max_tokens is metered beyond it too.
-        need = tariff.cost(given, max(total, min(total + AHEAD, self.max_tokens)))
+        need = tariff.cost(given, max(total, min(total + self.ahead, self.max_tokens)))
         if need > self.reserved_nano:
             step = tariff.cost(given, max(total, min(total + STEP, self.max_tokens)))
             refused = await self._extend(step)
