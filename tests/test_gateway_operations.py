@@ -29,6 +29,7 @@ from walras.gateway.metering import Job, Tariff
 from walras.gateway.offers import Asked, tasks_of, uses_of
 from walras.gateway.serve import build_upstreams, demo_economy, open_service
 from walras.gateway.simulated import SimulatedTransport
+from walras.gateway.transport import Request, Response
 from walras.gateway.wire import Usage
 from walras.ledger import Filter, open_store, verify
 from walras.prices import Prices
@@ -474,11 +475,19 @@ def test_a_region_needs_a_url() -> None:
 
 def test_where_a_budget_makes_it_dear_the_client_is_told_which_and_until_when(tmp_path: Path) -> None:
     async def test(service: Live) -> None:
-        poor = service.make_key("acme", budget_usd=0.0, period="hour")
-        got = await service.ask(CALL, CHAT | {"model": "auto"}, poor.secret)
+        hour = 1_800_000_000 // 3600 * 3600 * 10**9
+        service.service.gateway.board.clock = lambda: hour
+        poor = service.make_key("acme", budget_usd=0.001, period="hour")
+        service.calls.escrow.load(
+            poor.key.accounts[0], hour, 600_000
+        )  # most of it, and the hour has just begun
+        got = await service.ask(CALL, CHAT | {"model": "auto"}, poor.secret, x_walras_value="0.001")
         assert (got.status, got.json()["error"]["code"]) == (402, "not_worth_its_price")
         assert f"the budget of key:{poor.key.id} is short; it resets in" in got.json()["error"]["message"]
         assert 0 < int(got.headers["retry-after"]) <= 3600
+        with_room = service.make_key("acme", budget_usd=0.001, period="hour").secret
+        paid = await service.ask(CALL, CHAT | {"model": "auto"}, with_room, x_walras_value="0.001")
+        assert paid.status == 200
         rich = await service.ask(CALL, CHAT | {"model": "auto"}, x_walras_value="1e-9")
         assert rich.status == 402
         assert "budget" not in rich.json()["error"]["message"]
@@ -835,3 +844,64 @@ def test_a_restarted_service_prices_and_reserves_like_before(tmp_path: Path) -> 
     for name in ("output", "quality", "set aside"):
         assert abs(never[name] - then[name]) > 0.1 * then[name], "else it would be no matter"
     assert never["price"] != pytest.approx(then["price"], rel=0.5)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_that_has_room_for_no_use_says_so_whoever_chooses(tmp_path: Path) -> None:
+    """Its price has risen until no use is worth it; what stops the request is that the money is gone."""
+
+    async def test(service: Live) -> None:
+        key = service.make_key(budget_usd=1e-7).secret
+        for model in ("auto", "simulated-small"):
+            got = await service.ask(CALL, CHAT | {"model": model}, key=key)
+            assert (got.status, got.json()["error"]["code"]) == (429, "insufficient_quota")
+        service.audit()
+
+    run(tmp_path, test)
+
+
+def test_a_field_that_prices_nothing_is_refused(tmp_path: Path) -> None:
+    async def test(service: Live) -> None:
+        uses = [{"name": "a", "quality": 0.7, "usd": 0.01}]
+        for body in ({"value": 2, "uses": uses}, {"value_usd": 2, "uses": [uses[0] | {"cost_usd": 1}]}):
+            got = await service.ask("/v1/decide", body)
+            assert got.status == 400
+            assert b"unknown field" in got.body
+        assert (await service.ask("/v1/decide", {"value_usd": 2, "uses": uses})).status == 200
+
+    run(tmp_path, test)
+
+
+class DeadKey(SimulatedTransport):
+    """SIMULATED: the first request meets a key that is not taken."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(time_scale=0.0)
+        self.name, self.asked = name, list[str]()
+
+    async def send(self, sent: Request) -> Response:
+        self.asked.append(json.loads(sent.body)["model"])
+        self.faults = {"401": 1.0} if len(self.asked) == 1 else {}
+        return await super().send(sent)
+
+
+def test_a_dead_key_says_nothing_against_a_model_that_has_another(tmp_path: Path) -> None:
+    model = {"upstream": "s", "input_usd": 1, "output_usd": 4}
+    other = model | {"upstream": "t", "quality": 0.6}
+    models = {"simulated-small": model | {"quality": 0.9}, "simulated-medium": other}
+    for regions, second in (
+        ({}, "simulated-medium"),
+        ({"eu": "http://eu.invalid/v1"}, "simulated-small"),
+    ):
+        transport = DeadKey(second)
+        upstreams = {"s": {"kind": "simulated", "regions": regions}, "t": {"kind": "simulated"}}
+        economy = Economy.model_validate({"value": 1.0, "models": models, "upstreams": upstreams})
+
+        async def whole(economy: Economy = economy, transport: DeadKey = transport) -> None:
+            async with live(tmp_path / transport.name, transport, economy) as service:
+                assert (await service.ask(CALL, CHAT | {"model": "auto"})).status == 200
+
+        asyncio.run(whole())
+        assert transport.asked == ["simulated-small", second]

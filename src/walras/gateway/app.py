@@ -101,7 +101,7 @@ class _ChargeBody(msgspec.Struct):
     source: Annotated[str, msgspec.Meta(max_length=LONGEST)] = "upstream"
 
 
-class _UseBody(msgspec.Struct):
+class _UseBody(msgspec.Struct, forbid_unknown_fields=True):
     """One use to be priced, in physical amounts."""
 
     name: str
@@ -111,7 +111,7 @@ class _UseBody(msgspec.Struct):
     risk: _Amount = 0.0
 
 
-class _DecideBody(msgspec.Struct):
+class _DecideBody(msgspec.Struct, forbid_unknown_fields=True):
     """What `POST /v1/decide` takes."""
 
     uses: Annotated[list[_UseBody], msgspec.Meta(max_length=MOST_USES)]

@@ -464,7 +464,7 @@ class Calls:
             return decision, [a for a in decision.ranked if a.use == model]
         if not ask.value:
             hint = "send x-walras-value (USD per unit of quality), or give the key or the settings one"
-            what = f"'auto' needs to know what the request is worth: {hint}"
+            what = f"'auto' needs a request that is worth more than 0: {hint}"
             raise HttpError(400, what, code="value_missing", param="model")
         ranked = decision.ranked
         if failed:
@@ -524,7 +524,9 @@ class Calls:
                 await self._release(attempt)
             except Failure as failure:
                 last = failure
-                failed[use] = failed.get(use, 0) + 1
+                # What rests a key says nothing against the model while another key of it works.
+                own = failure.status in (401, 402, 403, 429) and self._upstream(use).passing
+                failed[use] = failed.get(use, 0) + (not own)
                 await self._failed(run, attempt, failure)
 
     async def _failed(self, run: Run, attempt: Attempt, failure: Failure) -> None:
@@ -568,7 +570,7 @@ class Calls:
             error = HttpError(last.client_status, message, code=code, headers=_retry(last.retry_after_s))
         elif last is not None:
             error = HttpError(400, str(last), code=last.code or "unsuited", param=last.param)
-        elif isinstance(refused, Refused):
+        elif isinstance(refused := refused or await self._spent(run), Refused):
             status, error = "refused", self._no_money(refused, run.ask.key)
         else:
             error = self._none_open(run.ask, run.decision, await self._shortest(run.ask))
@@ -576,6 +578,17 @@ class Calls:
         self.metrics.count("refused", error.code if last is None else "failed")
         await self._close(run, Told(status, "none", error.status))
         return error
+
+    async def _spent(self, run: Run) -> Refused | None:
+        """Why the budgets could not pay for any use, whatever it is worth; None where they could."""
+        ask, decision = run.ask, run.decision
+        if decision is None or not decision.ranked:
+            return None
+        _, got = await self._reserve(ask, list(decision.ranked))
+        if isinstance(got, Money):
+            await got.release()
+            return None
+        return got
 
     async def _shortest(self, ask: Ask) -> tuple[str, Standing] | None:
         """Of the budgets that pay, the one whose money is dearest; none where a dollar counts as a dollar."""

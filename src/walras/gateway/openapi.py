@@ -85,6 +85,7 @@ _CHAT = {
 _USE = {
     "type": "object",
     "required": ["name"],
+    "additionalProperties": False,
     "properties": {"name": _TEXT, "quality": _AMOUNT, "usd": _AMOUNT, "seconds": _AMOUNT, "risk": _AMOUNT},
 }
 
@@ -185,6 +186,7 @@ OPENAPI: dict[str, Any] = {
                 body={
                     "type": "object",
                     "required": ["uses"],
+                    "additionalProperties": False,
                     "properties": {
                         "uses": {"type": "array", "minItems": 1, "maxItems": 1000, "items": _USE},
                         "value_usd": _AMOUNT,
