@@ -70,7 +70,8 @@ def routing_of(rng: np.random.Generator, settings: EngineSettings) -> Routing:
 
 def prefixes_of(rng: np.random.Generator, prompts: Any, tokens: int) -> tuple[Any, Any]:
     """Prefix ids from a tree of few branches, so that many prompts begin alike; some prompts have fewer ids than chunks."""
-    offsets, ids, tree = [0], [], {}  # type: ignore[var-annotated]
+    offsets, ids = [0], list[int]()
+    tree = dict[Any, int]()
     for prompt in prompts:
         chunks = -(-int(prompt) // tokens)
         if rng.random() < 0.2:

@@ -161,7 +161,9 @@ def test_no_request_is_judged_by_itself() -> None:
     first = cross_fitted(log, 5, 1)[0]
     turned = log.per_use["quality"].copy()
     turned[17] = 1 - turned[17]
-    log.per_use["quality"][:] = turned  # type: ignore[index]
+    quality = log.per_use["quality"]
+    assert isinstance(quality, np.ndarray)
+    quality[:] = turned
     second = cross_fitted(log, 5, 1)[0]
     assert_array_equal(first[17], second[17])
     assert not np.array_equal(first, second)

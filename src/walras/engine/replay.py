@@ -237,7 +237,7 @@ class Replay:
         passed = int(self._state.clock["intervals"][0])
         interval = float(self._state.clock["interval"][0])
         ends = interval * np.arange(passed - len(rows) + 2, passed + 1, dtype=np.float64)
-        over = {key: np.diff(rows[key], axis=0) for key in SAMPLE.names[3:]}  # type: ignore[index]
+        over = {key: np.diff(rows[key], axis=0) for key in (SAMPLE.names or ())[3:]}
         now = rows[1:]
         return Intervals(
             end_s=ends,

@@ -216,6 +216,7 @@ class Atoms:
         return part
 
     def density(self, t: FloatArray) -> FloatArray:
+        # A law must have the method, and steps have no density: whoever needs one looks at `atoms` first.
         raise NotImplementedError("a law of atoms has no density")
 
     def grid(self, n: int = GRID) -> FloatArray:  # noqa: ARG002 - all of them, however many are asked for

@@ -36,6 +36,7 @@ class Protocol(HttpToolsProtocol):
     _head_bytes = 0
     _running: RequestResponseCycle | None = None
 
+    # uvicorn narrows the argument in the same way.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.due = self.loop.time() + HEAD_S

@@ -282,7 +282,8 @@ class _Answer:
             self._transport.open -= 1
             if self._reading:  # from another task, which gets no more
                 return
-            await self._chunks.aclose()  # type: ignore[attr-defined] # generators, all of them
+            # An iterator need not have `aclose`; these are generators, all of them.
+            await self._chunks.aclose()  # type: ignore[attr-defined]
 
 
 async def _once(body: bytes) -> AsyncIterator[bytes]:

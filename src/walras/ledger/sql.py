@@ -13,6 +13,7 @@ Statements here are in the SQL that SQLite and PostgreSQL share, with `?` for a 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -302,14 +303,15 @@ def explain(query: Query, record: Record, why: Exception) -> WalrasError | None:
 ALL = Filter()
 
 
-class SqlStore:
+class SqlStore(ABC):
     """What the stores have in common: records go to the writer, and are read from one consistent view at a time."""
 
     _writer: Writer | None = None
     """None where the ledger was opened to be read only."""
 
+    @abstractmethod
     def snapshot(self) -> AbstractContextManager[Query]:
-        raise NotImplementedError
+        """A view that stays the same while it is used."""
 
     def _submit(self, record: Record) -> Ticket:
         if self._writer is None:
