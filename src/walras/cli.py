@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from walras import console, gateway_commands, replay_commands
+from walras import capacity_commands, console, gateway_commands, replay_commands
 from walras.demand.route import Exploring, ask_of, search
 from walras.demand.route import route as route_requests
 from walras.demand.search import Verifier
@@ -478,6 +478,7 @@ app.add_typer(gateway_commands.keys, name="keys")
 app.add_typer(gateway_commands.ledger, name="ledger")
 app.command()(replay_commands.replay)
 app.command()(replay_commands.profiles)
+app.command()(capacity_commands.capacity)
 
 
 @app.command()

@@ -163,7 +163,7 @@ def replay(
     price = load_economy(settings, {"lambda0": lambda0}).lambda0
     with console.steps() as on_step:
         on_step("reading")
-        traffic = _traffic(
+        traffic = named_traffic(
             trace,
             generate,
             lengths,
@@ -225,7 +225,7 @@ def profiles(json: Json = False) -> None:
     console.show(profiles_screen(found))
 
 
-def _traffic(
+def named_traffic(
     trace: Path | None,
     generate: str | None,
     lengths: str | None,

@@ -1,4 +1,4 @@
-"""An audit, an evaluation or a replay as one self-contained HTML page: opens without a network, loads nothing, runs no script but its own two."""
+"""An audit, an evaluation, a replay or a capacity plan as one self-contained HTML page: opens without a network, loads nothing, runs no script but its own two."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from string import Template
 from plotly.offline import get_plotlyjs
 
 from walras.diagnosis.audit import Audit
+from walras.diagnosis.capacity import Capacity
 from walras.diagnosis.evaluate import Evaluation
+from walras.diagnosis.html.capacity import capacity_report
 from walras.diagnosis.html.evaluation import evaluation_report
 from walras.diagnosis.html.sections import report
 from walras.diagnosis.html.serving import replay_report
@@ -56,6 +58,15 @@ def write_replay(found: Report, path: Path) -> None:
         OutputError: the file cannot be written.
     """
     _write(_page(f"replay of {found.traffic.name}", replay_report(found)), path)
+
+
+def write_capacity(found: Capacity, path: Path) -> None:
+    """Write what `walras capacity` found, whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    _write(_page(f"capacity for {found.traffic.name}", capacity_report(found)), path)
 
 
 def _page(title: str, body: str) -> str:
