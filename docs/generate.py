@@ -30,6 +30,7 @@ from rich.console import Console
 from walras import cli, console, errors
 from walras.records import COLUMNS
 from walras.simulate.sample import write_sample
+from walras.supply.names import ENGINES, MEANING
 
 ROOT = Path(__file__).parent.parent
 WIDTH = 100
@@ -81,7 +82,21 @@ def exit_codes_table() -> str:
     return "\n".join([*rows, "| 130 | | interrupted |"])
 
 
+def engine_names_table() -> str:
+    """What is read of each engine, the name that is looked for first before the others."""
+    rows = []
+    for kind, engine in ENGINES.items():
+        rows += [f'**{engine.title}**, `kind = "{kind}"`', "", "| | |", "|---|---|"]
+        for quantity, what in MEANING.items():
+            formulas = ((f"`{f.text}`", f.versions and f", {f.versions}") for f in engine.formulas[quantity])
+            names = "<br>".join(map("".join, formulas))
+            rows.append(f"| {what} | {names or 'not exported'} |")
+        rows.append("")
+    return "\n".join(rows).strip()
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "engine names": engine_names_table,
     "records": records_table,
     "settings": settings_table,
     "exit codes": exit_codes_table,

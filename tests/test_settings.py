@@ -15,6 +15,7 @@ from walras.prices import Constraint, Scope
 from walras.risk import CVaR, Expectation, MaxMin
 from walras.settings import (
     Economy,
+    EngineLink,
     GatewaySettings,
     MenuSettings,
     ModelSettings,
@@ -34,6 +35,7 @@ TABLES: dict[str, type[BaseModel]] = {
     "menu.": MenuSettings,
     "models.NAME.": ModelSettings,
     "upstreams.NAME.": UpstreamSettings,
+    "engines.NAME.": EngineLink,
     "gateway.": GatewaySettings,
 }
 
@@ -112,6 +114,7 @@ def test_every_scalar_setting_is_an_option() -> None:
         "menu",
         "models",
         "upstreams",
+        "engines",
         "gateway",
         "columns",
     }

@@ -44,6 +44,11 @@ class Sequence:
     to_hold: int = 0
     whole: int = 0
     origin: int = -1
+    tenant: int = 0
+    value: float = math.inf
+    expected: float = 0.0
+    rank: float = 0.0
+    work_s: float = 0.0
 
 
 @dataclass
@@ -113,7 +118,9 @@ class Engine:
         interval_s: float,
     ) -> None:
         self.settings, self.steps, self.routing, self.requests = settings, steps, routing, requests
-        self.weights = routing.weights(settings.workers)
+        self.weights, self.schedule = routing.weights(settings.workers), settings.schedule
+        self.takes = settings.schedule.weights(settings.workers)
+        self.turned_away: list[int] = []
         self.workers = [Worker(self, w) for w in range(settings.workers)]
         self.later: list[tuple[float, int, str, Any]] = []
         self.ticket = itertools.count()
@@ -159,12 +166,19 @@ class Engine:
         prompt = int(requests.input_tokens[row])
         ids = ids[: prompt // self.settings.chunk_tokens]
         new = Sequence(row, row, time, prompt, int(requests.output_tokens[row]), ids, weight, goal=prompt)
-        self.send(new, time, decoding=False)
-
-    def send(self, sequence: Sequence, time: float, decoding: bool) -> None:
-        worker = self.choose(sequence, decoding)
-        worker.assigned.append(sequence)
-        worker.line_up(sequence, time)
+        if requests.tenant is not None:
+            new.tenant = int(requests.tenant[row])
+        if requests.value is not None:
+            new.value = float(requests.value[row])
+        expected = requests.expected_output
+        new.expected = float(new.output if expected is None else expected[row])
+        worker = self.choose(new, decoding=False)
+        if worker.expect(new, time) < 0 and self.schedule.admission:
+            self.turned_away.append(row)
+            self.follow(row, time)
+            return
+        worker.assigned.append(new)
+        worker.line_up(new, time)
 
     def choose(self, sequence: Sequence, decoding: bool) -> Worker:
         group = self.workers
@@ -229,8 +243,12 @@ class Engine:
             "worker": worker.place,
             "prefill_worker": sequence.origin if sequence.origin >= 0 else worker.place,
         }
-        for row in self.followers.get(sequence.row, []):
-            heapq.heappush(self.later, (time + self.requests.arrival_s[row], next(self.ticket), "call", row))
+        self.follow(sequence.row, time)
+
+    def follow(self, row: int, time: float) -> None:
+        for call in self.followers.get(row, []):
+            due = time + self.requests.arrival_s[call]
+            heapq.heappush(self.later, (due, next(self.ticket), "call", call))
 
 
 class Worker:
@@ -245,13 +263,40 @@ class Worker:
         self.batch: dict[Sequence, int] = {}
         self.end, self.start, self.link = math.inf, 0.0, 0.0
         self.decode_steps = 0
+        self.service: dict[int, float] = {}
+        self.left: int | None = None
         self.count = dict.fromkeys(
             ("output_tokens", "prompt_tokens", "hit_tokens", "preemptions", "finished"), 0
         )
 
+    def expect(self, new: Sequence, time: float) -> float:
+        """Set the rank of one who arrives; what an answer is worth."""
+        schedule, of, chunk = self.engine.schedule, self.engine.takes[self.place], self.settings.chunk_tokens
+        found = self.memory.found(new.ids[: (new.prompt - 1) // chunk]) if self.settings.prefix_caching else 0
+        computed = new.prompt - found * chunk
+        pairs = sum(range(found * chunk + 1, new.prompt + 1))
+        prompt_s = of[6] * computed + of[7] * pairs
+        takes = of[0] * computed + of[1] * pairs + of[2] * prompt_s**2
+        takes += (of[3] + of[4] * (new.prompt + new.expected / 2)) * new.expected
+        new.work_s = prompt_s + of[8] * new.expected
+        if schedule.order in {"shortest", "priced"}:
+            first = takes if schedule.order == "shortest" else -new.weight / takes
+            new.rank = first + schedule.aging * time
+        ahead = sum(other.work_s for other in self.waiting if other.rank <= new.rank)
+        seconds = ahead + prompt_s + of[9] * new.expected
+        return float(new.value - new.weight * seconds - of[5] * takes)
+
     def line_up(self, sequence: Sequence, time: float) -> None:
         sequence.queued = time
-        self.waiting.append(sequence)
+        tenants = {other.tenant for other in self.waiting}
+        if sequence.tenant not in tenants:
+            floor = min((self.service.get(tenant, 0.0) for tenant in tenants), default=None)
+            if floor is None and self.left is not None:
+                floor = self.service.get(self.left, 0.0)
+            if floor is not None:
+                self.service[sequence.tenant] = max(self.service.get(sequence.tenant, 0.0), floor)
+        behind = [k for k, other in enumerate(self.waiting) if other.rank > sequence.rank]
+        self.waiting.insert(behind[0] if behind else len(self.waiting), sequence)
         if not self.batch:
             self.end = min(self.end, time)
 
@@ -299,6 +344,7 @@ class Worker:
             if sequence.decoding:
                 got = min(emit, sequence.output - sequence.emitted)
                 sequence.emitted += got
+                self.serve(sequence, self.engine.schedule.answer_weight * got)
                 self.count["output_tokens"] += got
                 if sequence.emitted == sequence.output:
                     self.done(sequence, time)
@@ -306,8 +352,12 @@ class Worker:
             if not sequence.decoding and sequence.computed == sequence.goal:
                 self.end_prompt(sequence, time)
 
+    def serve(self, sequence: Sequence, service: float) -> None:
+        self.service[sequence.tenant] = self.service.get(sequence.tenant, 0.0) + service
+
     def end_prompt(self, sequence: Sequence, time: float) -> None:
         sequence.emitted += 1
+        self.serve(sequence, self.engine.schedule.answer_weight)
         self.count["output_tokens"] += 1
         sequence.prompt_open = False
         sequence.first = time if sequence.first is None else sequence.first
@@ -356,7 +406,7 @@ class Worker:
         last.whole = last.kv // self.settings.block_tokens - last.shared * self.memory.per_chunk
         last.goal, last.computed, last.kv = last.prompt + last.emitted, 0, 0
         last.decoding = last.transferred = False
-        last.own = 0
+        last.own, last.rank = 0, -math.inf
         self.waiting.insert(0, last)
         return last
 
@@ -411,9 +461,12 @@ class Worker:
     def admit(self, budget: int, emit: int, seen: float, stamp: float) -> None:
         settings, memory = self.settings, self.memory
         while self.waiting and budget and len(self.running) + len(self.held) < settings.max_sequences:
-            sequence = self.waiting[0]
-            if sequence.queued > seen:
+            visible = [sequence for sequence in self.waiting if sequence.queued <= seen]
+            if not visible:
                 return
+            sequence = visible[0]
+            if self.engine.schedule.order == "vtc" and sequence.rank == 0:
+                sequence = min(visible, key=lambda sequence: self.service.get(sequence.tenant, 0.0))
             found = again = 0
             if settings.prefix_caching:
                 usable = sequence.prompt if sequence.transferred else sequence.goal - 1
@@ -437,7 +490,10 @@ class Worker:
             blocks = math.ceil(fits / settings.block_tokens) - held
             if blocks + idle * memory.per_chunk + again > memory.free:
                 return
-            self.waiting.pop(0)
+            self.waiting.remove(sequence)
+            self.left = sequence.tenant
+            if sequence.started is None:
+                self.serve(sequence, self.engine.schedule.prompt_weight * sequence.prompt)
             for chunk in sequence.ids[:found]:
                 memory.hold(chunk)
             memory.reclaim(sequence, again)

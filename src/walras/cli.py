@@ -18,7 +18,14 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from walras import capacity_commands, console, gateway_commands, replay_commands
+from walras import (
+    capacity_commands,
+    clear_commands,
+    console,
+    engine_commands,
+    gateway_commands,
+    replay_commands,
+)
 from walras.demand.route import Exploring, ask_of, search
 from walras.demand.route import route as route_requests
 from walras.demand.search import Verifier
@@ -478,7 +485,9 @@ app.add_typer(gateway_commands.keys, name="keys")
 app.add_typer(gateway_commands.ledger, name="ledger")
 app.command()(replay_commands.replay)
 app.command()(replay_commands.profiles)
+app.command()(engine_commands.engines)
 app.command()(capacity_commands.capacity)
+app.command()(clear_commands.clear)
 
 
 @app.command()

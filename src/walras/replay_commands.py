@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -37,7 +39,9 @@ from walras.diagnosis.serving_report import (
     replay_screen,
 )
 from walras.engine.profiles import load_profile, shipped
-from walras.errors import SettingsError
+from walras.engine.replay import Replay
+from walras.engine.settings import Order
+from walras.errors import RecordError, SettingsError
 from walras.replay_options import (
     ACCEPTANCE,
     BLOCK_TOKENS,
@@ -54,7 +58,11 @@ from walras.replay_options import (
     read_traffic,
 )
 from walras.settings import Economy, load_economy
+from walras.simulate.engine_metrics import As, Exporter, serving
+from walras.supply.names import ENGINES
 
+SCRAPE_S = 0.1
+"""Seconds of an interval of a replay that is served: how old its counters are at most."""
 WRITERS: dict[str, Callable[[Path, pa.Schema], Any]] = {
     ".parquet": pyarrow.parquet.ParquetWriter,
     ".csv": pyarrow.csv.CSVWriter,
@@ -72,6 +80,10 @@ LengthsOf = Annotated[
 ]
 RoutingName = Annotated[
     Literal["round-robin", "least-loaded", "kv", "priced"], typer.Option(help="How requests find a worker")
+]
+ScheduleName = Annotated[
+    Order,
+    typer.Option(help="Who goes first in line: priced is by delay saved for what it takes, at live prices"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print plain data instead of tables")]
 Table = Annotated[
@@ -101,6 +113,13 @@ def replay(
     prefill_workers: Annotated[int | None, typer.Option(help="Replicas that only prefill", min=1)] = None,
     decode_workers: Annotated[int | None, typer.Option(help="Replicas that only decode", min=1)] = None,
     routing: RoutingName = "round-robin",
+    schedule: ScheduleName = "fcfs",
+    admission: Annotated[
+        bool,
+        typer.Option(
+            "--admission", help="Turn away what is worth less than its delay and what it costs others"
+        ),
+    ] = False,
     kv_blocks: Annotated[
         int | None, typer.Option(help="KV blocks of a replica, else the profile's", min=1)
     ] = None,
@@ -152,6 +171,18 @@ def replay(
     html: Annotated[
         Path | None, typer.Option(help="Also write a self-contained HTML report, with the sweep")
     ] = None,
+    serve: Annotated[
+        int | None,
+        typer.Option(
+            help="No report: be a SIMULATED engine, with metrics at this port; 0: a free one",
+            min=0,
+            max=65535,
+        ),
+    ] = None,
+    as_: Annotated[As, typer.Option("--as", help="Of --serve: whose names the metrics have")] = "vllm",
+    speed: Annotated[
+        float, typer.Option(help="Of --serve: let time pass so many times as fast", min=0.001)
+    ] = 1.0,
 ) -> None:
     """SIMULATED: what requests would wait for in an engine, and which of its resources is short."""
     for path, key in ((output, "--output"), (intervals, "--intervals")):
@@ -173,6 +204,8 @@ def replay(
             most=requests,
             price=price,
             seed=seed,
+            order=schedule,
+            admission=admission,
         )
         options = EngineOptions(
             profile=profile,
@@ -191,8 +224,14 @@ def replay(
             drafts=drafts,
             acceptance=acceptance,
             draft_cost=draft_cost,
+            schedule=schedule,
+            admission=admission,
         )
         engine = read_engine(options, traffic.prefix_tokens)
+    if serve is not None:
+        _serve(engine, traffic, as_, serve, speed)
+        return
+    with console.steps() as on_step:
         played = _play(engine, traffic, interval_of(traffic, interval), output, on_step)
         if intervals is not None and played.timeline is not None:
             with _writing(intervals) as write:
@@ -236,13 +275,29 @@ def named_traffic(
     most: int | None,
     price: float | None,
     seed: int,
+    order: Order = "fcfs",
+    admission: bool = False,
 ) -> Traffic:
     """The requests that the options name."""
     if trace is not None and generate is None:
         if lengths is not None:
             raise SettingsError("is for --generate; a trace has its own", key="--lengths")
-        return read_traffic(trace, model=model, session_every_s=every_s, speed=speed, most=most, price=price)
+        return read_traffic(
+            trace,
+            model=model,
+            session_every_s=every_s,
+            speed=speed,
+            most=most,
+            price=price,
+            order=order,
+            admission=admission,
+        )
     if generate is not None and trace is None:
+        if order == "vtc" or admission:
+            missing = "a value, for --admission" if admission else "a tenant, for --schedule vtc"
+            raise SettingsError(
+                f"no request has {missing}", key="--generate", hint="a trace with that column"
+            )
         return generated_traffic(generate, lengths, speed=speed, most=most, price=price, seed=seed)
     raise SettingsError("give one of the two", key="TRACE or --generate")
 
@@ -286,6 +341,24 @@ def _sweep(engine: Engine, traffic: Traffic, played: Played, on_step: Callable[[
         console.say("all requests arrive at once: there is no rate to vary")
         return None
     return sweep(engine, traffic, lambda factor: on_step(f"load against latency: {factor:g}× the rate"))
+
+
+def _serve(engine: Engine, traffic: Traffic, kind: As, port: int, speed: float) -> None:
+    """All of the traffic behind an engine's metrics, until it is interrupted; what has come to its end stays idle."""
+    replay = Replay(engine.settings, engine.steps, engine.routing, interval_s=SCRAPE_S)
+    exporter = Exporter(replay, kind)
+    with console.steps() as on_step:
+        on_step("compiling the engine; the first time takes a minute")
+        warm_up(engine)
+        try:
+            for piece in traffic:
+                replay.feed(piece)
+        except RecordError as error:
+            raise traffic.in_file(error) from error
+    begin = time.monotonic()
+    with serving(exporter, kind, port, lambda: (time.monotonic() - begin) * speed) as url:
+        console.say(f"SIMULATED {ENGINES[kind].title}: {url}")
+        threading.Event().wait()
 
 
 # --- tables -------------------------------------------------------------------------------------------------------------

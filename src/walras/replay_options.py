@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from walras.diagnosis.serving import Engine, Traffic
 from walras.engine.fitting import read_profile
 from walras.engine.generated import CHUNK, Arrivals, Bursty, Diurnal, Lengths, Poisson, Sessions, generate
 from walras.engine.requests import Requests
-from walras.engine.settings import Disaggregation, EngineSettings, Routing, Speculation
+from walras.engine.settings import Disaggregation, EngineSettings, Order, Routing, Schedule, Speculation
 from walras.engine.steps import StepTimes
 from walras.engine.traces import read_trace
 from walras.errors import SettingsError, nearest
@@ -51,9 +51,15 @@ def read_traffic(
     speed: float,
     most: int | None,
     price: float | None,
+    order: Order = "fcfs",
+    admission: bool = False,
 ) -> Traffic:
-    """The requests of a trace or a log."""
-    trace = read_trace(path, model=model, session_every_s=session_every_s)
+    """The requests of a trace or a log, with what their schedule looks at."""
+    needed = ("tenant",) * (order == "vtc") + ("value",) * admission
+    scheduled = order != "fcfs" or admission
+    trace = read_trace(path, model=model, session_every_s=session_every_s, scheduled=scheduled, needed=needed)
+    if trace.requests.delay_price is not None:
+        price = float(trace.requests.delay_price.mean())
     return Traffic(
         name=path.name,
         pieces=lambda: iter([trace.requests]),
@@ -165,6 +171,8 @@ class EngineOptions:
     drafts: int | None
     acceptance: float
     draft_cost: float
+    schedule: Order = "fcfs"
+    admission: bool = False
 
 
 def read_engine(options: EngineOptions, prefix_tokens: int) -> Engine:
@@ -188,6 +196,8 @@ def read_engine(options: EngineOptions, prefix_tokens: int) -> Engine:
         else Speculation(options.drafts, options.acceptance, options.draft_cost),
     )
     steps = profile.steps(settings.max_batched_tokens, settings.max_sequences)
+    schedule = Schedule.of(options.schedule, steps, settings, admission=options.admission)
+    settings = replace(settings, schedule=schedule)
     return Engine(settings, profile, steps, _routing(options.routing, steps, settings))
 
 

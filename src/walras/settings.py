@@ -22,6 +22,8 @@ from walras.risk import CVaR, Expectation, FloatArray, MaxMin, RiskMeasure
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Kind = Literal["chat", "embeddings"]
 """What a model makes. A request takes models of one kind only."""
+EngineKind = Literal["vllm", "sglang", "trtllm", "triton", "dynamo"]
+"""A serving engine whose metrics can be read."""
 
 
 class _Table(BaseModel):
@@ -126,6 +128,9 @@ class ModelSettings(_Table):
         16_384, description="Most output tokens it makes: what is reserved, and asked for, at most"
     )
     kind: Kind = Field("chat", description="What it makes: answers, or embeddings for /v1/embeddings")
+    engine: str | None = Field(
+        None, description="Engine that runs it: a use pays for the delay of others there"
+    )
     quality: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="Expected quality, 0 to 1")
     quality_by_class: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
         default_factory=dict, description="The same by task class"
@@ -133,6 +138,49 @@ class ModelSettings(_Table):
     output_tokens: Amount = Field(500.0, description="Expected output tokens of a request")
     seconds: Amount = Field(5.0, description="Expected seconds of a request")
     risk_usd: Amount = Field(0.0, description="USD of expected loss from wrong actions in a request")
+
+
+class EngineLink(_Table):
+    """A serving engine whose congestion is priced."""
+
+    urls: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="Where its metrics are, an address for each replica: http://127.0.0.1:8000"
+    )
+    kind: EngineKind | None = Field(None, description="What it is (default: what its metrics look like)")
+    model: str | None = Field(None, description="Only metrics of this model count, of those that name one")
+    profile: str | None = Field(
+        None, description="Its step times: a name from `walras profiles`, or a file of measured steps"
+    )
+    kv_blocks: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="KV blocks of a replica (default: as exported, else the profile's)"
+    )
+    block_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Tokens of a KV block (default: as exported, else 16)"
+    )
+    max_sequences: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Sequences a replica runs at once (default: as exported, else the profile's)"
+    )
+    max_batched_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="New tokens in a step (default: as exported, else the profile's)"
+    )
+    replicas: Annotated[int, Field(ge=1)] = Field(
+        1, description="Replicas that one address sums up, as a Dynamo frontend does"
+    )
+    poll_s: Annotated[float, Field(ge=0.1, le=3600)] = Field(2.0, description="Seconds between two readings")
+    timeout_s: Annotated[float, Field(gt=0, le=60)] = Field(1.0, description="Most seconds for a reading")
+    window_s: Annotated[float, Field(gt=0, le=3600)] = Field(
+        30.0, description="Seconds that rates are taken over"
+    )
+    stale_s: Annotated[float, Field(gt=0, le=3600)] = Field(
+        10.0, description="Seconds that prices hold after the last reading; then they decay to the fallback"
+    )
+    prefill_usd: Amount = Field(
+        0.0, description="Fallback: USD of others' delay per million prompt tokens computed"
+    )
+    decode_usd: Amount = Field(0.0, description="Fallback: USD of others' delay per million output tokens")
+    kv_block_s_usd: Amount = Field(
+        0.0, description="Fallback: USD of others' delay per KV block held for a second"
+    )
 
 
 class GatewaySettings(_Table):
@@ -211,6 +259,7 @@ class Economy(Group):
     resources: dict[str, Resource] = Field(default_factory=dict, description="Tables by resource")
     models: dict[str, ModelSettings] = Field(default_factory=dict, description="Tables by model")
     upstreams: dict[str, UpstreamSettings] = Field(default_factory=dict, description="Tables by upstream")
+    engines: dict[str, EngineLink] = Field(default_factory=dict, description="Tables by serving engine")
     gateway: GatewaySettings = Field(
         default_factory=lambda: GatewaySettings.model_validate({}), description="Table of the service"
     )
@@ -230,6 +279,9 @@ class Economy(Group):
                 raise ValueError(
                     f"models.{name}: no upstream '{model.upstream}'; there are: {', '.join(self.upstreams) or 'none'}"
                 )
+            if model.engine is not None and model.engine not in self.engines:
+                there = ", ".join(self.engines) or "none"
+                raise ValueError(f"models.{name}: no engine '{model.engine}'; there are: {there}")
             if model.kind == "embeddings" and self.upstreams[model.upstream].kind == "anthropic":
                 raise ValueError(f"models.{name}: Anthropic's API has no embeddings; name another upstream")
         for name, upstream in self.upstreams.items():
@@ -381,6 +433,7 @@ def _explain(error: ValidationError, path: Path | None, options: Collection[str]
             "resources": Resource,
             "models": ModelSettings,
             "upstreams": UpstreamSettings,
+            "engines": EngineLink,
             "gateway": GatewaySettings,
             "menu": MenuSettings,
         }
@@ -402,6 +455,7 @@ def settings_rows() -> list[tuple[str, str, str, str]]:
         ("menu.", MenuSettings),
         ("models.NAME.", ModelSettings),
         ("upstreams.NAME.", UpstreamSettings),
+        ("engines.NAME.", EngineLink),
         ("gateway.", GatewaySettings),
     ):
         rows += _describe(table, prefix)

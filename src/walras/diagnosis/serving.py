@@ -22,6 +22,7 @@ from walras.engine.settings import EngineSettings, Routing
 from walras.engine.steps import StepTimes
 from walras.engine.traces import Trace
 from walras.errors import RecordError, SettingsError
+from walras.supply.scheduling import run_at_prices
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -40,6 +41,8 @@ SWEPT = 20_000
 """Requests of each run of a sweep, at most."""
 MIDDLE = 0.9
 """Rates are taken between the tenth and the last tenth of the requests to end: a trace begins with nothing and ends with stragglers."""
+PRICED_S = 5.0
+"""Seconds of an interval that a schedule reads its rates from, where nobody asks for intervals."""
 SURE = 2.0
 """Standard errors that a price must be above 0 to count."""
 
@@ -64,7 +67,7 @@ class Traffic:
     most: int | None = None
     """Only so many requests, from the first."""
     delay_price: float | None = None
-    """USD per second of each request's delay; None: unknown."""
+    """USD per second of each request's delay, or their mean where the trace has its own; None: unknown."""
 
     def __iter__(self) -> Iterator[Requests]:
         left = self.most
@@ -84,7 +87,9 @@ class Traffic:
         arrival = (piece.arrival_s - begin) / self.speed
         if piece.after is not None:
             arrival = np.where(piece.after < 0, arrival, piece.arrival_s)
-        price = None if self.delay_price is None else np.full(len(piece), self.delay_price)
+        price = piece.delay_price
+        if price is None and self.delay_price is not None:
+            price = np.full(len(piece), self.delay_price)
         return dataclasses.replace(piece, arrival_s=arrival, delay_price=price)
 
     def faster(self, factor: float, most: int) -> Traffic:
@@ -228,6 +233,7 @@ class Played:
     output_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
+    turned_away: int = 0
     queue: Latencies = field(default_factory=Latencies)
     ttft: Latencies = field(default_factory=Latencies)
     tpot: Latencies = field(default_factory=Latencies)
@@ -316,8 +322,17 @@ def play(
     Raises:
         RecordError: a request that this engine can never serve; names the trace's row and column.
     """
-    replay = Replay(engine.settings, engine.steps, engine.routing, interval_s=interval_s)
+    schedule = engine.settings.schedule
+    priced = schedule.admission or schedule.order == "priced"
+    every_s = interval_s or (PRICED_S if priced else None)
+    replay = Replay(engine.settings, engine.steps, engine.routing, interval_s=every_s)
     found, intervals, open_ = Played(), [], _Open()
+
+    def run(until_s: float = math.inf) -> None:
+        if priced:
+            run_at_prices(replay, until_s)
+        else:
+            replay.run(until_s)
 
     def take() -> None:
         served = replay.take()
@@ -341,13 +356,14 @@ def play(
         except RecordError as error:
             raise traffic.in_file(error) from error
         # The next piece may begin at the very time at which this one ends.
-        replay.run(float(np.nextafter(found.last_arrival_s, -np.inf)))
+        run(float(np.nextafter(found.last_arrival_s, -np.inf)))
         found.cpu_s += time.process_time() - begin
         take()
     begin = time.process_time()
-    replay.run()
+    run()
     found.cpu_s += time.process_time() - begin
     take()
+    found.turned_away = len(replay.turned_away())
     if interval_s is not None:
         found.timeline = Timeline.of(interval_s, intervals)
     return found

@@ -61,6 +61,7 @@ def replay_data(found: Report) -> dict[str, Any]:
         **_latencies(played),
         "kv_hit_ratio": played.kv_hit_ratio,
         "preemptions": played.preemptions,
+        "turned_away": played.turned_away,
         "throughput": {
             "arrivals_per_s": played.arrivals_per_s,
             "completed_per_s": played.completed_per_s,
@@ -145,8 +146,13 @@ def profile_data(profile: Profile) -> dict[str, Any]:
 
 
 def engine_data(engine: Engine) -> dict[str, Any]:
-    settings = asdict(engine.settings)
-    return {"routing": engine.routing.name, **settings}
+    settings, schedule = asdict(engine.settings), engine.settings.schedule
+    return {
+        "routing": engine.routing.name,
+        **settings,
+        "schedule": schedule.order,
+        "admission": schedule.admission,
+    }
 
 
 # --- words --------------------------------------------------------------------------------------------------------------
@@ -196,7 +202,10 @@ def size_text(found: Report) -> str:
     workers = count(settings.workers, "workers")
     if settings.disaggregation is not None:
         workers += f", {settings.prefilling} of them prefill"
-    return f"{count(found.played.requests, 'requests')} · {workers} · {found.engine.routing.name}"
+    schedule = settings.schedule
+    order = "" if schedule.order == "fcfs" else f" · {schedule.order}"
+    admission = " · admission" if schedule.admission else ""
+    return f"{count(found.played.requests, 'requests')} · {workers} · {found.engine.routing.name}{order}{admission}"
 
 
 def profile_text(profile: Profile) -> str:
@@ -266,6 +275,8 @@ def load_rows(played: Played) -> list[tuple[str, str, str]]:
             rows.append((name, text(values["mean"]), text(values["max"])))
     rows.append(("prompt tokens found in memory", percent(played.kv_hit_ratio), ""))
     rows.append(("preemptions, in all", f"{played.preemptions:,}", ""))
+    if played.turned_away:
+        rows.append(("turned away, in all", f"{played.turned_away:,}", ""))
     return rows
 
 

@@ -3,12 +3,14 @@
     cost to others = Σ_{j≠i} λ_j·seconds of j in the engine with i − the same without i,        over a horizon
 
 Both futures see the same arrivals, so that the difference is the effect of i alone. What i delays beyond the horizon is not counted,
-and in a closed loop a later call is not a delay: a price found here is a lower bound where either matters.
+and in a closed loop a later call is not a delay: a price found here is a lower bound where either matters. One future is one draw:
+`externality` takes the mean over several, each a stretch of the trace from another time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,14 @@ from walras.engine.requests import Requests
 from walras.errors import SettingsError
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+def gauges(replay: Replay) -> tuple[IntArray, IntArray, FloatArray]:
+    """Each (W,): sequences running, requests in line, and the share of KV blocks that sequences hold, now."""
+    free = replay.free_blocks
+    workers = replay._state.workers
+    return workers["running"].copy(), workers["waiting"].copy(), 1.0 - free / replay.settings.kv_blocks
 
 
 def cost_to_others(replay: Replay, requests: Requests, horizon_s: float) -> FloatArray:
@@ -29,34 +39,130 @@ def cost_to_others(replay: Replay, requests: Requests, horizon_s: float) -> Floa
     return _with_one_more(replay, requests, horizon_s)[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Externality:
+    """What N requests cost others, each alone, in F futures drawn again; and what each itself got. SIMULATED."""
+
+    costs: FloatArray
+    """(F, N) in USD where requests have prices of delay, else in seconds."""
+    cached_tokens: FloatArray
+    """(F, N) of its prompt, found in memory. NaN, here and below, where it did not end within the horizon."""
+    queue_s: FloatArray
+    prefill_s: FloatArray
+    """(F, N) from the step that first computes for it to its first token."""
+    decode_s: FloatArray
+    """(F, N) from there to its last."""
+    worker: IntArray
+    """(N,) that served it in the first future in which it ended; −1: in none."""
+
+    @property
+    def mean(self) -> FloatArray:
+        """(N,)"""
+        return np.asarray(self.costs.mean(axis=0))
+
+    @property
+    def error(self) -> FloatArray:
+        """(N,) standard errors of the means."""
+        return np.asarray(self.costs.std(axis=0, ddof=1) / np.sqrt(len(self.costs)))
+
+
+def futures(
+    trace: Requests, count: int, now_s: float, horizon_s: float, random: np.random.Generator
+) -> list[Requests | None]:
+    """`count` futures from now: stretches of the trace from other times, bursts and all; None where nobody arrives.
+
+    One begins in each of as many equal parts of the trace, at random, and goes on at the trace's beginning where it ends. A prefix that
+    fewer than one request in a hundred has gets a new name, so that nobody is served from the memory of what is already there: no
+    stretch brings a request twice.
+    """
+    begin, span = float(trace.arrival_s[0]), float(trace.arrival_s[-1] - trace.arrival_s[0])
+    span += span / max(len(trace) - 1, 1)
+    common = _common(trace)
+    drawn: list[Requests | None] = []
+    for start in (np.arange(count) + random.uniform(size=count)) / count * span:
+        turns = np.arange(int(np.ceil((start + horizon_s) / span)))
+        times = (trace.arrival_s - begin + span * turns[:, None]).ravel() - start
+        rows = np.flatnonzero((times >= 0) & (times < horizon_s))
+        drawn.append(
+            _again(trace, rows % len(trace), now_s + times[rows], common, len(drawn)) if rows.size else None
+        )
+    return drawn
+
+
+def _common(trace: Requests) -> IntArray:
+    """Prefix ids that at least one request in a hundred has."""
+    if trace.prefix_ids is None:
+        return np.empty(0, np.int64)
+    ids, counts = np.unique(trace.prefix_ids, return_counts=True)
+    return ids[counts >= 0.01 * len(trace)]
+
+
+def _again(trace: Requests, rows: IntArray, arrival_s: FloatArray, common: IntArray, draw: int) -> Requests:
+    """Rows of a trace at other times, with new names for the prefixes that are not common."""
+    again = _rows(trace, rows, arrival_s)
+    if again.prefix_ids is None or trace.prefix_ids is None:
+        return again
+    ids, names = again.prefix_ids, int(trace.prefix_ids.max(initial=0)) + 1
+    return replace(again, prefix_ids=np.where(np.isin(ids, common), ids, ids + (draw + 1) * names))
+
+
+def _rows(requests: Requests, rows: IntArray, arrival_s: FloatArray) -> Requests:
+    """Rows that arrive by themselves then."""
+    offsets, ids = requests.prefix_offsets, requests.prefix_ids
+    if offsets is not None and ids is not None:
+        lengths = np.diff(offsets)[rows]
+        ends = np.cumsum(lengths)
+        ids = ids[np.repeat(offsets[rows] - ends + lengths, lengths) + np.arange(lengths.sum())]
+        offsets = np.append(0, ends)
+    columns = {key: getattr(requests, key) for key in ("delay_price", "tenant", "value", "expected_output")}
+    return Requests(
+        arrival_s,
+        requests.input_tokens[rows],
+        requests.output_tokens[rows],
+        offsets,
+        ids,
+        **{key: column[rows] for key, column in columns.items() if column is not None},
+    )
+
+
+def externality(
+    replay: Replay, requests: Requests, coming: Sequence[Requests | None], horizon_s: float
+) -> Externality:
+    """What each of the requests, all arriving now or later, costs others in each of the futures `coming`.
+
+    The replay itself, which must have no arrivals of its own to come, stays where it is.
+    """
+    costs, own = np.empty((len(coming), len(requests))), np.empty((len(coming), len(requests), 5))
+    for f, future in enumerate(coming):
+        start = replay.snapshot()
+        if future is not None:
+            start.feed(future)
+        costs[f], own[f] = _with_one_more(start, requests, horizon_s)
+    ended = ~np.isnan(own[:, :, 4])
+    first = own[ended.argmax(axis=0), np.arange(len(requests)), 4]
+    worker = np.where(ended.any(axis=0), first, -1).astype(np.int64)
+    return Externality(costs, own[:, :, 0], own[:, :, 1], own[:, :, 2], own[:, :, 3], worker)
+
+
 def _with_one_more(replay: Replay, requests: Requests, horizon_s: float) -> tuple[FloatArray, FloatArray]:
-    """The cost to others of each request, and its own seconds in the engine, within the horizon."""
-    now, own = replay.now_s, replay.fed
+    """(N,) the cost to others of each request; (N, 5) its own tokens found in memory, seconds in line, of prefill, of decoding, and
+    worker: NaN where it has not ended within the horizon."""
+    now, number = replay.now_s, replay.fed
     base = replay.snapshot().run(now + horizon_s).delay_cost(now)
-    costs, seconds = np.empty(len(requests)), np.empty(len(requests))
+    costs, own = np.empty(len(requests)), np.full((len(requests), 5), np.nan)
     for row in range(len(requests)):
         branch = replay.branch(add=_one(requests, row)).run(now + horizon_s)
-        served = branch.served()
-        costs[row] = branch.delay_cost(now, without=[own]) - base
-        ended = np.append(served.end_s[served.request == own], now + horizon_s)[0]
-        seconds[row] = ended - requests.arrival_s[row]
-    return costs, seconds
+        costs[row] = branch.delay_cost(now, without=[number]) - base
+        of = branch.served()
+        for k in np.flatnonzero(of.request == number):
+            prefill_s = of.ttft_s[k] - of.queue_s[k]
+            decode_s = of.latency_s[k] - of.ttft_s[k]
+            own[row] = of.cached_tokens[k], of.queue_s[k], prefill_s, decode_s, of.worker[k]
+    return costs, own
 
 
 def _one(requests: Requests, row: int) -> Requests:
-    offsets, ids = requests.prefix_offsets, requests.prefix_ids
-    if offsets is not None and ids is not None:
-        ids = ids[offsets[row] : offsets[row + 1]]
-        offsets = np.array([0, len(ids)])
-    price = requests.delay_price
-    return Requests(
-        requests.arrival_s[row : row + 1],
-        requests.input_tokens[row : row + 1],
-        requests.output_tokens[row : row + 1],
-        offsets,
-        ids,
-        None if price is None else price[row : row + 1],
-    )
+    return _rows(requests, np.array([row]), requests.arrival_s[row : row + 1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +225,8 @@ def _probe(replay: Replay, prompt: int, answer: int, horizon_s: float) -> tuple[
         tight = replay.branch(block=out.tolist()).run(now + horizon_s).delay_cost(now)
         kv = (tight - base) / (float(out.sum()) * horizon_s)
     extra = Requests(np.full(2, now), np.full(2, prompt), np.array([1, answer + 1]))
-    (short, whole), (brief, long) = _with_one_more(replay, extra, horizon_s)
+    (short, whole), own = _with_one_more(replay, extra, horizon_s)
+    brief, long = np.where(np.isnan(own[:, 1]), horizon_s, own[:, 1:4].sum(axis=1))
     held = kv * prompt / block * brief
     more = kv * (prompt / block * (long - brief) + answer / 2 / block * (long - brief))
     return (short - held) / prompt, (whole - short - more) / answer, kv

@@ -1,13 +1,16 @@
 """The engine, event by event: what a vLLM-like scheduler does, at the cost of a change of batch. Compiled. [Z §3.3]
 
-A step runs every decoding sequence, then the prompt it left unfinished, then, first come first served, waiting prompts
-while its budget of new tokens, its number of sequences and the KV memory last. A decoding sequence that finds no block
+A step runs every decoding sequence, then the prompt it left unfinished, then waiting prompts, first come first served or
+in another order, while its budget of new tokens, its number of sequences and the KV memory last. A decoding sequence that finds no block
 throws out the last of the running (maybe itself): its KV is lost, it goes to the head of the waiting, and no one is
 admitted in that step.
 
 All decoding sequences of a worker emit alike, so the worker counts tokens T once. A sequence with `lead` has T + lead KV
 tokens, and needs a block when T ≡ −lead modulo the block: `phase` counts sequences by that residue. One run of k steps then
 has closed forms for its time, its blocks and its end; it is cut short where an arrival could be admitted.
+
+A line is kept by rank, the least first and equals as they come; ranks are set on arrival. In fair shares between tenants the
+next is looked up instead: the first of the tenant with the least service so far, which is affine in T while a run lasts.
 
 Work at equal times goes in this order: arrivals, calls and transfers that fall due, ends of steps by worker.
 """
@@ -18,13 +21,16 @@ import numpy as np
 
 from walras.engine.cache import compiled, hold, inner, left_of, matching, publish, reclaim, release, take
 from walras.engine.state import (
+    BY_TENANT,
     CALL,
     DECODING,
     DONE,
     LOG_FULL,
     MIXED,
     NOTHING,
+    PRICED,
     SAMPLES_FULL,
+    SHORTEST,
     SLOTS_FULL,
     TRANSFER,
 )
@@ -236,22 +242,76 @@ def _wait_first(me, slots, s):
 
 
 @inner
-def _wait_last(me, slots, s):
-    slots[s].after = -1
-    if me.head < 0:
-        me.head = s
+def _wait(me, slots, s):
+    """In line by rank, behind equals."""
+    at = me.tail
+    if at >= 0 and slots[s].rank < slots[at].rank:
+        at, next_ = -1, me.head
+        while slots[next_].rank <= slots[s].rank:
+            at, next_ = next_, slots[next_].after
+    if at < 0:
+        slots[s].after, me.head = me.head, s
     else:
-        slots[me.tail].after = s
-    me.tail = s
+        slots[s].after, slots[at].after = slots[at].after, s
+    if slots[s].after < 0:
+        me.tail = s
     me.waiting += 1
 
 
 @inner
-def _wait_no_more(me, slots):
-    me.head = slots[me.head].after
-    if me.head < 0:
-        me.tail = -1
+def _wait_no_more(me, slots, before, s):
+    after = slots[s].after
+    if before < 0:
+        me.head = after
+    else:
+        slots[before].after = after
+    if after < 0:
+        me.tail = before
     me.waiting -= 1
+
+
+@inner
+def serve(rules, tenant, now, sequences):
+    """Count what a tenant's sequences have emitted by token count `now`, and how many more decode from now on."""
+    tenant.service += rules.answer_weight * tenant.decoding * (now - tenant.counted)
+    tenant.counted = now
+    tenant.decoding += sequences
+
+
+@inner
+def lift(rules, me, tenants, tenant, now):
+    """A tenant comes into the line: what it did not use while away is not saved up (VTC, arXiv 2401.00588, algorithm 2)."""
+    serve(rules, tenants[tenant], now, 0)
+    if tenants[tenant].waiting == 0:
+        least = np.inf
+        if me.waiting == 0 and me.left >= 0:
+            serve(rules, tenants[me.left], now, 0)
+            least = tenants[me.left].service
+        for other in range(tenants.size):
+            if tenants[other].waiting > 0:
+                serve(rules, tenants[other], now, 0)
+                least = min(least, tenants[other].service)
+        if least < np.inf:
+            tenants[tenant].service = max(tenants[tenant].service, least)
+
+
+@inner
+def next_in_line(rules, columns, me, slots, tenants, visible):
+    """The one in line that goes first of those that came by `visible`, −1 for none, and the one before it."""
+    before, s = -1, me.head
+    while s >= 0 and slots[s].queued > visible:
+        before, s = s, slots[s].after
+    if rules.order != BY_TENANT or s < 0 or slots[s].rank < 0.0:
+        return before, s
+    now, least, found, front = tokens_at(rules, me.done), np.inf, s, before
+    while s >= 0:
+        if slots[s].queued <= visible:
+            tenant = tenants[columns.rows[slots[s].row].tenant]
+            serve(rules, tenant, now, 0)
+            if tenant.service < least:
+                least, found, front = tenant.service, s, before
+        before, s = s, slots[s].after
+    return front, found
 
 
 @inner
@@ -268,10 +328,15 @@ def _let_go(rules, columns, me, node, table, slot, kv):
 
 
 @inner
-def preempt(rules, clock, columns, me, slots, node, table, heap, phase):
+def preempt(rules, clock, columns, me, slots, node, table, heap, phase, tenants):
     """Throw out the last of the running: its KV is lost (unless found again), it waits first in line."""
     s = me.last
     slot = slots[s]
+    slot.rank = -np.inf
+    if rules.order == BY_TENANT:
+        tenant = tenants[columns.rows[slot.row].tenant]
+        serve(rules, tenant, tokens_at(rules, me.done), 0 if me.partial == s else -1)
+        tenant.waiting += 1
     if me.partial == s:
         kv = slot.computed
         me.partial = -1
@@ -332,21 +397,35 @@ def _cover(rules, columns, me, node, table, slot):
 
 
 @inner
+def leave_line(rules, columns, me, slot, tenants):
+    """Charge a tenant for the prompt, when it is first taken out of the line."""
+    me.left = columns.rows[slot.row].tenant
+    tenant = tenants[me.left]
+    tenant.waiting -= 1
+    if slot.started < 0.0:
+        tenant.service += rules.prompt_weight * columns.rows[slot.row].input
+    if slot.ready:
+        serve(rules, tenant, tokens_at(rules, me.done), 1)
+
+
+@inner
 def admit(rules, clock, columns, state, w, budget, visible, stamp):
     """Admit waiting requests while they fit; returns (new prefill tokens, their attention pairs)."""
     me, slots, node, table = state.workers[w], state.slots, state.nodes[w], state.table[w]
-    heap, phase, prompts = state.finish[w], state.phase[w], state.prompts[w]
+    heap, phase, prompts, tenants = state.finish[w], state.phase[w], state.prompts[w], state.tenants[w]
     total, pairs = 0, 0.0
     tokens = tokens_at(rules, me.done + 1) - tokens_at(rules, me.done)
     while me.head >= 0 and budget > 0 and me.running + me.held < rules.most:
-        s = me.head
-        slot = slots[s]
-        if slot.queued > visible:
+        before, s = next_in_line(rules, columns, me, slots, tenants, visible)
+        if s < 0:
             break
+        slot = slots[s]
         found, again, new, blocks = _fits(rules, columns, me, node, table, slot, budget, tokens)
         if found < 0:
             break
-        _wait_no_more(me, slots)
+        _wait_no_more(me, slots, before, s)
+        if rules.order == BY_TENANT:
+            leave_line(rules, columns, me, slot, tenants)
         hold(me, node, table, _ids_of(columns, slot.row), found)
         if left_of(node, slot.run, slot.tag) > 0:
             reclaim(me, node, slot.run, again)
@@ -416,7 +495,7 @@ def compose(rules, columns, tables, state, w, time, visible, stamp):
     """Compose the next step of a worker and plan until when it holds; returns whether there is anything to do."""
     clock = state.clock[0]
     me, slots, node, table = state.workers[w], state.slots, state.nodes[w], state.table[w]
-    heap, phase, prompts = state.finish[w], state.phase[w], state.prompts[w]
+    heap, phase, prompts, tenants = state.finish[w], state.phase[w], state.prompts[w], state.tenants[w]
     before = me.preemptions
     now = tokens_at(rules, me.done)
     while me.n > 0:
@@ -424,13 +503,13 @@ def compose(rules, columns, tables, state, w, time, visible, stamp):
         if need <= me.free:
             take(me, node, table, need)
             break
-        preempt(rules, clock, columns, me, slots, node, table, heap, phase)
+        preempt(rules, clock, columns, me, slots, node, table, heap, phase, tenants)
     budget, total, pairs = rules.budget - me.n * rules.verified, 0, 0.0
     me.prompts = 0
     if me.partial >= 0 and budget > 0:
         total, pairs = resume(rules, columns, me, slots, node, table, prompts, budget)
         if total < 0:
-            preempt(rules, clock, columns, me, slots, node, table, heap, phase)
+            preempt(rules, clock, columns, me, slots, node, table, heap, phase, tenants)
             total = 0
     if me.preemptions == before or me.running == 0:
         new, more = admit(rules, clock, columns, state, w, budget - total, visible, stamp)
@@ -462,6 +541,8 @@ def compose(rules, columns, tables, state, w, time, visible, stamp):
         unseen = me.head >= 0 and (me.held > 0 or slots[me.head].queued > visible)
         # What others throw out of memory can make an idle prefix dearer to keep than to compute, chunk by chunk.
         shaky = me.head >= 0 and rules.per_chunk > 1 and not rules.reserve
+        # Whose turn it is changes with every token of a tenant's.
+        shaky = shaky or (rules.order == BY_TENANT and me.head >= 0 and me.running < rules.most)
         single = unseen or shaky or me.preemptions > before or me.partial >= 0
         me.taken = tokens_at(rules, me.done + 1)
         me.steps = plan_run(rules, me, heap, phase, single)
@@ -478,6 +559,15 @@ def _spare(clock, slots, s):
 
 
 @inner
+def call_on(columns, state, row, time):
+    """Let the calls that follow a row fall due."""
+    child = columns.rows[row].child
+    while child >= 0:
+        postpone(state.clock[0], state.later, time + columns.rows[child].arrival, CALL, child)
+        child = columns.rows[child].sibling
+
+
+@inner
 def finish(rules, columns, state, log, w, s, kv, time):
     """A sequence has emitted its last token: write it down, and let what waits for it fall due."""
     clock, me, slots = state.clock[0], state.workers[w], state.slots
@@ -490,10 +580,7 @@ def finish(rules, columns, state, log, w, s, kv, time):
     entry.delay_price = columns.rows[row].weight
     entry.cached_tokens, entry.preemptions = slot.hit, slot.preemptions
     entry.worker, entry.prefill_worker = w, slot.origin if slot.origin >= 0 else w
-    child = columns.rows[row].child
-    while child >= 0:
-        postpone(clock, state.later, time + columns.rows[child].arrival, CALL, child)
-        child = columns.rows[child].sibling
+    call_on(columns, state, row, time)
     _run_no_more(me, slots, s)
     me.finished += 1
     me.in_flight -= 1
@@ -584,16 +671,23 @@ def bring(state, w, s, tokens, blocks):
 
 
 @inner
-def enqueue(rules, state, s, w, time):
+def enqueue(rules, columns, state, s, w, time):
     """Put a request in line at worker w; it is looked at after the step that runs, or at once."""
     me, slots = state.workers[w], state.slots
     slots[s].worker, slots[s].queued = w, time
-    _wait_last(me, slots, s)
+    if rules.order == BY_TENANT:
+        steps = me.done
+        if me.kind == DECODING:
+            steps += steps_by(rules, me, time - me.start) - 1
+        tenant = columns.rows[slots[s].row].tenant
+        lift(rules, me, state.tenants[w], tenant, tokens_at(rules, steps))
+        state.tenants[w, tenant].waiting += 1
+    _wait(me, slots, s)
     if me.kind == NOTHING:
         if me.end > time:
             me.end = time
             plan_end(state.tree, w, time)
-    elif me.kind == DECODING and me.waiting == 1 and me.steps > 1 and me.running < rules.most:
+    elif me.kind == DECODING and me.head == s and me.steps > 1 and me.running < rules.most:
         steps = steps_by(rules, me, time - me.start)
         if steps < me.steps:
             me.steps = steps
@@ -602,7 +696,51 @@ def enqueue(rules, state, s, w, time):
 
 
 @inner
-def arrive(rules, columns, tables, state, row, time):
+def expect(rules, columns, tables, state, w, s, time):
+    """Rank a request that comes to worker w by what it is expected to take there; returns what answering it is worth, USD:
+    value − price of delay × seconds until it is answered − quote."""
+    me, slots = state.workers[w], state.slots
+    slot, row, of = slots[s], columns.rows[slots[s].row], tables.takes[w]
+    found = 0
+    if rules.caching:
+        ids = _ids_of(columns, slot.row)
+        catch_up(rules, state, w, time)
+        found, _ = matching(
+            state.nodes[w], state.table[w], ids, min(ids.size, (row.input - 1) // rules.prefix)
+        )
+    prompt = row.input - found * rules.prefix
+    pairs = prompt * (found * rules.prefix + 0.5 * (prompt + 1))
+    prompt_s = of[6] * prompt + of[7] * pairs
+    takes = of[0] * prompt + of[1] * pairs + of[2] * prompt_s * prompt_s
+    takes += (of[3] + of[4] * (row.input + 0.5 * row.expected)) * row.expected
+    slot.work_s = prompt_s + of[8] * row.expected
+    if rules.order == SHORTEST:
+        slot.rank = takes + rules.aging * time
+    elif rules.order == PRICED:
+        slot.rank = -row.weight / takes + rules.aging * time
+    if not rules.admission:
+        return 0.0
+    ahead, other = 0.0, me.head
+    while other >= 0 and slots[other].rank <= slot.rank:
+        ahead += slots[other].work_s
+        other = slots[other].after
+    return row.value - row.weight * (ahead + prompt_s + of[9] * row.expected) - of[5] * takes
+
+
+@inner
+def turn_away(columns, state, log, s, time):
+    """Write down that a request is not let in; what follows it comes as after an answer at once."""
+    clock, slot = state.clock[0], state.slots[s]
+    entry = log[clock.logged]
+    clock.logged += 1
+    entry.request, entry.arrival_s, entry.end_s = columns.rows[slot.row].number, time, time
+    entry.worker = -1
+    call_on(columns, state, slot.row, time)
+    _spare(clock, state.slots, s)
+
+
+@inner
+def arrive(rules, columns, tables, state, log, row, time):
     """A request arrives: give it a slot, and a worker."""
     clock, slots = state.clock[0], state.slots
     s = clock.spare
@@ -612,9 +750,15 @@ def arrive(rules, columns, tables, state, row, time):
     slot.row, slot.arrived, slot.started, slot.first = row, time, -1.0, -1.0
     slot.generated, slot.computed, slot.goal, slot.shared, slot.hit = 0, 0, columns.rows[row].input, 0, 0
     slot.run, slot.tag, slot.preemptions, slot.ready, slot.origin = -1, -1, 0, False, -1
+    slot.rank = 0.0
     w, tokens, blocks = choose(rules, columns, tables, state, s, time)
+    if (rules.order in (SHORTEST, PRICED) or rules.admission) and (
+        expect(rules, columns, tables, state, w, s, time) < 0.0
+    ):
+        turn_away(columns, state, log, s, time)
+        return
     bring(state, w, s, tokens, blocks)
-    enqueue(rules, state, s, w, time)
+    enqueue(rules, columns, state, s, w, time)
 
 
 @inner
@@ -625,7 +769,7 @@ def deliver(rules, columns, state, s, time):
     me = state.workers[w]
     _let_go(rules, columns, me, state.nodes[w], state.table[w], slot, slot.goal)
     slot.shared, slot.ready, slot.origin = 0, True, w
-    enqueue(rules, state, s, to, time)
+    enqueue(rules, columns, state, s, to, time)
     if me.kind == NOTHING and me.waiting > 0 and me.end > time:
         me.end = time
         plan_end(state.tree, w, time)
@@ -638,6 +782,11 @@ def end_prompt(rules, columns, tables, state, log, w, s, time):
     row = slot.row
     slot.generated += 1
     me.output_tokens += 1
+    decodes_here = slot.generated < columns.rows[row].output and w >= rules.prefilling
+    if rules.order == BY_TENANT:
+        tenant = state.tenants[w, columns.rows[row].tenant]
+        tenant.service += rules.answer_weight
+        serve(rules, tenant, tokens_at(rules, me.done), 1 if decodes_here else 0)
     me.pending -= slot.pending
     slot.pending = 0
     if slot.first < 0.0:
@@ -675,6 +824,10 @@ def complete(rules, columns, tables, state, log, w):
         while me.n > 0 and heap[0].key <= then:
             s = heap[0].slot
             me.output_tokens -= then - heap[0].key
+            if rules.order == BY_TENANT:
+                tenant = state.tenants[w, columns.rows[slots[s].row].tenant]
+                serve(rules, tenant, then, -1)
+                tenant.service -= rules.answer_weight * (then - heap[0].key)
             kv = leave(rules, me, slots, heap, phase, 0)
             slots[s].generated = columns.rows[slots[s].row].output
             finish(rules, columns, state, log, w, s, kv, me.end)
@@ -721,14 +874,16 @@ def hand_on(rules, columns, tables, state, w, time):
     for _ in range(count):
         after = slots[s].after
         if slots[s].started >= 0.0:
-            _wait_last(me, slots, s)
+            _wait(me, slots, s)
         else:
+            if rules.order == BY_TENANT:
+                state.tenants[w, columns.rows[slots[s].row].tenant].waiting -= 1
             me.pending -= slots[s].pending
             me.promised -= slots[s].promised
             me.in_flight -= 1
             to, tokens, blocks = choose(rules, columns, tables, state, s, time)
             bring(state, to, s, tokens, blocks)
-            enqueue(rules, state, s, to, time)
+            enqueue(rules, columns, state, s, to, time)
         s = after
 
 
@@ -788,12 +943,12 @@ def advance(setup, columns, tables, state, log, samples, until):
             return DONE
         clock.now = time
         if arrival == time:
-            arrive(rules, columns, tables, state, columns.open[clock.next], time)
+            arrive(rules, columns, tables, state, log, columns.open[clock.next], time)
             clock.next += 1
         elif due == time:
             what, item = next_due(clock, state.later)
             if what == CALL:
-                arrive(rules, columns, tables, state, item, time)
+                arrive(rules, columns, tables, state, log, item, time)
             else:
                 deliver(rules, columns, state, item, time)
         else:

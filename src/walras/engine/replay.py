@@ -20,21 +20,26 @@ from numpy.typing import NDArray
 from walras.engine import kernel
 from walras.engine.cache import NODE, clear, nodes_needed
 from walras.engine.requests import Requests
-from walras.engine.settings import EngineSettings, Routing
+from walras.engine.settings import EngineSettings, Routing, Schedule
 from walras.engine.state import (
+    AS_THEY_COME,
     BATCH,
+    BY_TENANT,
     CALL,
     CLOCK,
     DONE,
     FINISH,
     LATER,
     LOG_FULL,
+    PRICED,
     ROW,
     SAMPLE,
     SAMPLES_FULL,
     SERVED,
     SETUP,
+    SHORTEST,
     SLOT,
+    TENANT,
     WORKER,
     Columns,
     State,
@@ -48,6 +53,7 @@ IntArray = NDArray[np.int64]
 
 _RATE_UNIT = 4096
 """Expected tokens a step are rounded to 1 / _RATE_UNIT: the engine counts whole tokens."""
+_ORDERS = {"fcfs": AS_THEY_COME, "shortest": SHORTEST, "priced": PRICED, "vtc": BY_TENANT}
 _FIRST_SLOTS = 256
 _SAMPLES = 1024
 
@@ -130,14 +136,20 @@ class Replay:
                 f"{interval_s} seconds", key="interval_s", hint="more than 0, or None for no samples"
             )
         self.settings, self.steps, self.routing = settings, steps, routing or Routing.round_robin()
-        self._setup = _setup(settings, steps, self.routing)
-        self._tables = _tables(settings, steps, self.routing)
+        self.schedule = settings.schedule
+        self._rules()
         self._state = _empty_state(settings, interval_s or np.inf)
         self._columns = Columns(np.empty(0, ROW), np.empty(0, np.int64), np.empty(0, np.int64))
         self._fed, self._last_arrival, self._calls = 0, 0.0, 0
+        self._turned_away: list[IntArray] = []
         self._room_for_results()
         if requests is not None:
             self.feed(requests)
+
+    def _rules(self) -> None:
+        """What the kernel reads of routing and schedule."""
+        self._setup = _setup(self.settings, self.steps, self.routing, self.schedule)
+        self._tables = _tables(self.settings, self.steps, self.routing, self.schedule)
 
     def _room_for_results(self) -> None:
         self._log = np.empty(max(4096, 2 * self.settings.max_sequences), SERVED)
@@ -145,6 +157,38 @@ class Replay:
         self._served: list[Any] = []
         self._sampled: list[Any] = []
         self._before = np.zeros((1, self.settings.workers), SAMPLE)
+
+    def reschedule(self, schedule: Schedule) -> None:
+        """Order those who come from now on by other numbers; who is in line stays where he is.
+
+        Raises:
+            SettingsError: another order than the replay began with, which its line and its counts do not have.
+        """
+        if schedule.order != self.schedule.order:
+            raise SettingsError(
+                f"the line is {self.schedule.order}, not {schedule.order}",
+                key="schedule",
+                hint="begin a replay with it",
+            )
+        self.schedule = schedule
+        self._setup = _setup(self.settings, self.steps, self.routing, schedule)
+        self._tables = self._tables._replace(takes=schedule.weights(self.settings.workers))
+
+    def turned_away(self) -> IntArray:
+        """The requests that were not let in so far, by their place in all that was fed."""
+        self._drain_log()
+        self._turned_away = [np.sort(np.concatenate([*self._turned_away, np.empty(0, np.int64)]))]
+        return self._turned_away[0]
+
+    @property
+    def service(self) -> FloatArray:
+        """(W, tenants) weighted tokens that each tenant has got of a worker, as fair shares count them: with what was lifted."""
+        workers, of = self._state.workers, self._state.tenants
+        now = np.array([_tokens(self._setup[0], int(done)) for done in workers["done"]])[:, None]
+        service: FloatArray = of["service"] + self.schedule.answer_weight * of["decoding"] * (
+            now - of["counted"]
+        )
+        return service
 
     @property
     def now_s(self) -> float:
@@ -155,6 +199,22 @@ class Replay:
     def in_flight(self) -> int:
         """Requests that have arrived and not ended."""
         return int(self._state.clock["live"][0])
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is in flight and nothing is to come of what was fed."""
+        clock = self._state.clock[0]
+        return not (clock["live"] or clock["due"]) and int(clock["next"]) == len(self._columns.open)
+
+    @property
+    def delay_price(self) -> FloatArray:
+        """(W,) mean price of delay of the requests at each worker, USD per second; NaN where there is none."""
+        live = self._state.slots[self._state.slots["row"] >= 0]
+        workers, weight = live["worker"], self._columns.rows["weight"][live["row"]]
+        count = np.bincount(workers, minlength=self.settings.workers)
+        total = np.bincount(workers, weight, minlength=self.settings.workers)
+        mean: FloatArray = np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
+        return mean
 
     @property
     def fed(self) -> int:
@@ -234,6 +294,7 @@ class Replay:
         """The intervals that have passed, since the start or since `take_intervals`."""
         self._drain_samples()
         rows = np.concatenate([self._before, *self._sampled])
+        self._sampled = [rows[1:]]
         passed = int(self._state.clock["intervals"][0])
         interval = float(self._state.clock["interval"][0])
         ends = interval * np.arange(passed - len(rows) + 2, passed + 1, dtype=np.float64)
@@ -250,8 +311,8 @@ class Replay:
     def take_intervals(self) -> Intervals:
         """As `intervals`, and forget them."""
         intervals = self.intervals()
-        if self._sampled:
-            self._before = self._sampled[-1][-1:].copy()
+        if len(self._sampled[0]):
+            self._before = self._sampled[0][-1:].copy()
         self._sampled = []
         return intervals
 
@@ -259,13 +320,10 @@ class Replay:
         """A copy that goes on by itself from here; what has been served so far stays behind."""
         copy = object.__new__(Replay)
         copy.__dict__.update(self.__dict__)
-        copy._state = self._state.copy()
+        copy._state, copy._turned_away = self._state.copy(), []
         copy._room_for_results()
         self._drain_samples()
-        if self._sampled:
-            copy._before = self._sampled[-1][-1:].copy()
-        else:
-            copy._before = self._before.copy()
+        copy._before = np.concatenate([self._before, *self._sampled[-1:]])[-1:]
         copy._state.clock["logged"][0] = copy._state.clock["sampled"][0] = 0
         return copy
 
@@ -298,8 +356,7 @@ class Replay:
             other._drop(drop)
         if routing is not None:
             other.routing = routing
-            other._setup = _setup(self.settings, self.steps, routing)
-            other._tables = _tables(self.settings, self.steps, routing)
+            other._rules()
         if len(close):
             other._close(close)
         if len(block):
@@ -378,6 +435,12 @@ class Replay:
         rows["arrival"], rows["input"] = requests.arrival_s, requests.input_tokens
         rows["output"], rows["number"] = requests.output_tokens, np.arange(self._fed, self._fed + len(rows))
         rows["weight"] = 1.0 if requests.delay_price is None else requests.delay_price
+        rows["value"] = np.inf if requests.value is None else requests.value
+        expected = requests.expected_output
+        rows["expected"] = requests.output_tokens if expected is None else expected
+        if requests.tenant is not None:
+            rows["tenant"] = requests.tenant
+            self._tenants_room(int(requests.tenant.max()) + 1)
         if requests.prefix_offsets is not None and requests.prefix_ids is not None:
             rows["begin"], rows["end"] = (
                 len(ids) + requests.prefix_offsets[:-1],
@@ -423,6 +486,13 @@ class Replay:
             later[: len(self._state.later)] = self._state.later
             self._state = self._state._replace(later=later)
 
+    def _tenants_room(self, most: int) -> None:
+        old = self._state.tenants
+        if most > old.shape[1]:
+            tenants = np.zeros((len(old), most), TENANT)
+            tenants[:, : old.shape[1]] = old
+            self._state = self._state._replace(tenants=tenants)
+
     def _more_slots(self) -> None:
         old = self._state.slots
         slots = _spare_slots(2 * len(old))
@@ -433,7 +503,9 @@ class Replay:
     def _drain_log(self) -> None:
         count = int(self._state.clock["logged"][0])
         if count:
-            self._served.append(self._log[:count].copy())
+            rows = self._log[:count]
+            self._turned_away.append(rows["request"][rows["worker"] < 0])
+            self._served.append(rows[rows["worker"] >= 0])
             self._state.clock["logged"][0] = 0
 
     def _drain_samples(self) -> None:
@@ -475,7 +547,12 @@ def _families(after: IntArray) -> tuple[IntArray, IntArray]:
     return child, sibling
 
 
-def _setup(settings: EngineSettings, steps: StepTimes, routing: Routing) -> Any:
+def _tokens(rules: Any, steps: int) -> int:
+    """A worker's token count after so many of its steps."""
+    return steps * int(rules["rate"]) // int(rules["unit"])
+
+
+def _setup(settings: EngineSettings, steps: StepTimes, routing: Routing, schedule: Schedule) -> Any:
     """The engine's numbers as the kernel reads them, (1,)."""
     of = np.zeros(1, SETUP)
     speculation, apart = settings.speculation, settings.disaggregation
@@ -489,6 +566,8 @@ def _setup(settings: EngineSettings, steps: StepTimes, routing: Routing) -> Any:
     if speculation is not None:
         of["rate"], of["unit"] = round(speculation.tokens_per_step * _RATE_UNIT), _RATE_UNIT
         of["drafting"] = speculation.drafts * speculation.draft_cost
+    of["order"], of["admission"], of["aging"] = _ORDERS[schedule.order], schedule.admission, schedule.aging
+    of["prompt_weight"], of["answer_weight"] = schedule.prompt_weight, schedule.answer_weight
     of["overhead_s"], of["pair_s"] = steps.overhead_s, steps.prefill_pair_s
     of["workers"], of["prefilling"] = settings.workers, settings.prefilling
     if apart is not None:
@@ -496,12 +575,13 @@ def _setup(settings: EngineSettings, steps: StepTimes, routing: Routing) -> Any:
     return of
 
 
-def _tables(settings: EngineSettings, steps: StepTimes, routing: Routing) -> Tables:
+def _tables(settings: EngineSettings, steps: StepTimes, routing: Routing, schedule: Schedule) -> Tables:
     batch = np.empty(len(steps.decode_s), BATCH)
     for key in BATCH.names or ():
         batch[key] = getattr(steps, f"{key}_s")
     # A copy can be written to, as the compiled replay expects of every array: it would be compiled anew for others.
-    return Tables(steps.dense_s.copy(), batch, routing.weights(settings.workers))
+    n = settings.workers
+    return Tables(steps.dense_s.copy(), batch, routing.weights(n), schedule.weights(n))
 
 
 def _spare_slots(count: int) -> Any:
@@ -517,7 +597,7 @@ def _empty_state(settings: EngineSettings, interval_s: float) -> State:
     clock["interval"] = clock["sample"] = interval_s
     workers = np.zeros(w, WORKER)
     workers["end"] = np.inf
-    for key in ("first", "last", "partial", "head", "tail"):
+    for key in ("first", "last", "partial", "head", "tail", "left"):
         workers[key] = -1
     workers["free"] = workers["empty"] = settings.kv_blocks
     nodes, entries = 1, 8
@@ -539,4 +619,5 @@ def _empty_state(settings: EngineSettings, interval_s: float) -> State:
         prompts=np.zeros((w, settings.max_sequences), np.int64),
         later=np.zeros(_FIRST_SLOTS, LATER),
         tree=np.full(2 * leaves, np.inf),
+        tenants=np.zeros((w, 1), TENANT),
     )

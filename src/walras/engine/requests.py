@@ -16,6 +16,10 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 
+MOST_TENANTS = 1 << 20
+_EACH = ("input_tokens", "output_tokens", "delay_price", "after", "tenant", "value", "expected_output")
+
+
 @dataclass(frozen=True, slots=True)
 class Requests:
     """N requests. Rows that arrive by themselves are in order of arrival.
@@ -40,15 +44,21 @@ class Requests:
     """(N,) the earlier row this one follows, a session's next call; −1: it arrives by itself."""
     names: NDArray[Any] | None = None
     """(N,) what the requests are called; no two alike."""
+    tenant: IntArray | None = None
+    """(N,) whose it is, from 0; left out, all are one tenant's."""
+    value: FloatArray | None = None
+    """(N,) USD that an answer at once is worth, ≥ 0; after L seconds it is worth value − delay_price · L. Left out: whatever it takes."""
+    expected_output: FloatArray | None = None
+    """(N,) output tokens that a scheduler expects, ≥ 1; left out, those that come."""
 
     def __post_init__(self) -> None:
-        for column, kind in (("arrival_s", np.float64), ("delay_price", np.float64)):
-            self._set(column, kind)
-        for column in ("input_tokens", "output_tokens", "prefix_offsets", "prefix_ids", "after"):
+        for column in ("arrival_s", "delay_price", "value", "expected_output"):
+            self._set(column, np.float64)
+        for column in ("input_tokens", "output_tokens", "prefix_offsets", "prefix_ids", "after", "tenant"):
             self._set(column, np.int64)
         if len(self) == 0:
             raise RecordError("no requests", field="arrival_s", hint="a trace needs at least one row")
-        for column in ("input_tokens", "output_tokens", "delay_price", "after", "names"):
+        for column in (*_EACH, "names"):
             values = getattr(self, column)
             if values is not None and len(values) != len(self):
                 raise RecordError(f"{len(values)} values for {len(self)} requests", field=column)
@@ -56,9 +66,7 @@ class Requests:
         _first_bad(self.arrival_s < 0, "arrival_s", "the arrival is before the trace begins")
         for column in ("input_tokens", "output_tokens"):
             _first_bad(getattr(self, column) < 1, column, "a request without tokens", "at least 1")
-        if self.delay_price is not None:
-            good = np.isfinite(self.delay_price) & (self.delay_price >= 0)
-            _first_bad(~good, "delay_price", "a price of delay is finite and ≥ 0")
+        self._check_worth()
         self._check_order()
         self._check_names()
         self._check_prefixes()
@@ -78,6 +86,23 @@ class Requests:
             if array.size and not whole:
                 raise RecordError(f"{array.dtype} values", field=column, hint="whole numbers")
         object.__setattr__(self, column, np.ascontiguousarray(array, dtype=kind))
+
+    def _check_worth(self) -> None:
+        for column, least, problem in (
+            ("delay_price", 0.0, "a price of delay is finite and ≥ 0"),
+            ("value", 0.0, "the value of an answer is finite and ≥ 0"),
+            (
+                "expected_output",
+                1.0,
+                "an answer is expected to have at least one token, and not infinitely many",
+            ),
+        ):
+            numbers = getattr(self, column)
+            if numbers is not None:
+                _first_bad(~(np.isfinite(numbers) & (numbers >= least)), column, problem)
+        if self.tenant is not None:
+            bad = (self.tenant < 0) | (self.tenant >= MOST_TENANTS)
+            _first_bad(bad, "tenant", f"tenants are numbered from 0 to {MOST_TENANTS - 1}")
 
     def _check_order(self) -> None:
         arrivals, alone = self.arrival_s, np.arange(len(self))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,6 +12,7 @@ from walras.engine.steps import StepTimes
 from walras.errors import SettingsError
 
 FloatArray = NDArray[np.float64]
+Order = Literal["fcfs", "shortest", "vtc", "priced"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,104 @@ class Disaggregation:
             raise SettingsError(f"{self.bandwidth} bytes per second", key="bandwidth", hint="more than 0")
 
 
+def _by_worker(rule: Routing | Schedule, names: tuple[str, ...], workers: int) -> FloatArray:
+    table = np.empty((workers, len(names)))
+    for k, key in enumerate(names):
+        column = np.asarray(getattr(rule, key), dtype=np.float64)
+        if column.shape not in {(), (workers,)} or not np.isfinite(column).all():
+            raise SettingsError("one finite number, or one for each worker", key=key)
+        table[:, k] = column
+    return table
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Which of those in line goes first, and who is let into it. Each number of the formulas is one for all workers, or (W,).
+
+        prompt_s = prompt_token_s · p + pair_s · q
+        work_s = prompt_s + output_token_s · o
+        takes = prompt_token · p + pair · q + line · prompt_s² + (output_token + held_token · (P + o / 2)) · o
+        worth = value − λ · (work_s of those ahead + prompt_s + token_s · o) − quote · takes
+
+    P are a request's prompt tokens, p those of them that are not in the worker's memory when it arrives, q the pairs of one of
+    these and a token it reads, o the output tokens the request is expected to have, λ its price of delay. An order is by a rank that is set on arrival, the least first, equals as they come:
+
+    - `fcfs`: as they come.
+    - `shortest`: takes + aging · arrival.
+    - `priced`: −λ / takes + aging · arrival.
+    - `vtc`: no rank; the first of the tenant with the least service, `prompt_weight` for a prompt token and `answer_weight` for
+      an output token. A tenant that comes back is lifted to the least of those in line (arXiv 2401.00588, algorithm 2).
+
+    With `aging` a > 0 nobody waits for one who comes (his rank − the least rank without aging) / a seconds later. With `admission`
+    a request of negative worth is turned away. What was thrown out of the batch goes first in every order.
+    """
+
+    order: Order = "fcfs"
+    admission: bool = False
+    prompt_token: ArrayLike = 1.0
+    pair: ArrayLike = 0.0
+    line: ArrayLike = 0.0
+    """For the squared seconds of the prompt: those who come meanwhile wait for the rest of it."""
+    output_token: ArrayLike = 1.0
+    held_token: ArrayLike = 0.0
+    """For each token held while one token is emitted."""
+    quote: ArrayLike = 0.0
+    """USD."""
+    prompt_token_s: ArrayLike = 0.0
+    """Seconds of the engine's time for a prompt token, for a pair, and for an output token, its share of the steps."""
+    pair_s: ArrayLike = 0.0
+    output_token_s: ArrayLike = 0.0
+    token_s: ArrayLike = 0.0
+    """Seconds from one token of an answer to the next."""
+    aging: float = 0.0
+    prompt_weight: float = 1.0
+    answer_weight: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.admission and self.order == "vtc":
+            raise SettingsError("fair shares turn nobody away", key="admission", hint="another order")
+        for key in ("aging", "prompt_weight", "answer_weight"):
+            if not (np.isfinite(getattr(self, key)) and getattr(self, key) >= 0):
+                raise SettingsError(f"{getattr(self, key)} is not finite and ≥ 0", key=key)
+
+    @classmethod
+    def of(
+        cls,
+        order: Order,
+        steps: StepTimes,
+        settings: EngineSettings,
+        *,
+        admission: bool = False,
+        aging: float = 0.0,
+    ) -> Schedule:
+        """By seconds of work in full steps, for the prompt that is not in memory and for the expected answer; others are quoted nothing."""
+        prompt, output = work_s(steps, settings, settings.max_sequences)
+        return cls(
+            order,
+            admission,
+            prompt_token=prompt,
+            pair=steps.prefill_pair_s,
+            output_token=output,
+            prompt_token_s=prompt,
+            pair_s=steps.prefill_pair_s,
+            output_token_s=output,
+            token_s=output * settings.max_sequences,
+            aging=aging,
+        )
+
+    def weights(self, workers: int) -> FloatArray:
+        """(W, 10). Raises SettingsError for a number that is negative, not finite, or not one per worker."""
+        takes = ("prompt_token", "pair", "line", "output_token", "held_token", "quote")
+        names = (*takes, "prompt_token_s", "pair_s", "output_token_s", "token_s")
+        table = _by_worker(self, names, workers)
+        for k, key in enumerate(names):
+            if (table[:, k] < 0).any():
+                raise SettingsError("at least 0", key=key)
+        if not (table[:, 0] + table[:, 3] > 0).all():
+            raise SettingsError("a request takes something", key="prompt_token", hint="more than 0")
+        return table
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """One engine of `workers` replicas, which all are alike. Defaults are vLLM's.
@@ -87,6 +187,7 @@ class EngineSettings:
     workers: int = 1
     disaggregation: Disaggregation | None = None
     speculation: Speculation | None = None
+    schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
         for key in ("kv_blocks", "block_tokens", "max_batched_tokens", "max_sequences", "workers"):
@@ -197,10 +298,16 @@ class Routing:
     def weights(self, workers: int) -> FloatArray:
         """(W, 6) in the order of the formula. Raises SettingsError where a number is not finite, or not one per worker."""
         names = ("delay_s", "token_delay_s", "request_delay_s", "token_price", "block_price", "output_price")
-        table = np.empty((workers, len(names)))
-        for k, key in enumerate(names):
-            column = np.asarray(getattr(self, key), dtype=np.float64)
-            if column.shape not in {(), (workers,)} or not np.isfinite(column).all():
-                raise SettingsError("one finite number, or one for each worker", key=key)
-            table[:, k] = column
-        return table
+        return _by_worker(self, names, workers)
+
+
+def work_s(
+    steps: StepTimes, settings: EngineSettings, sequences: int, kv_tokens: float = 0.0
+) -> tuple[float, float]:
+    """Seconds of a worker's time for a prompt token, its share of a full step, and for an output token, its share of a step of so
+    many sequences that read so many KV tokens."""
+    budget, batch = settings.max_batched_tokens, sequences * settings.verified_tokens
+    emitted = settings.speculation.tokens_per_step if settings.speculation else 1.0
+    step = float(steps.dense_s[batch] + steps.decode_s[sequences] + steps.decode_kv_s[sequences] * kv_tokens)
+    prompt = (steps.overhead_s + float(steps.dense_s[budget])) / budget
+    return prompt, (steps.overhead_s + step) / (sequences * emitted)

@@ -12,6 +12,8 @@ CALL, TRANSFER = 0, 1
 """What becomes due at a later time: a session's next call (a row), or the end of a KV transfer (a slot)."""
 DONE, LOG_FULL, SAMPLES_FULL, SLOTS_FULL = 0, 1, 2, 3
 """Why a replay stops: nothing left to do by the asked time, or room is needed."""
+AS_THEY_COME, SHORTEST, PRICED, BY_TENANT = 0, 1, 2, 3
+"""Who of those in line goes first."""
 
 SETUP = np.dtype(
     [
@@ -37,6 +39,11 @@ SETUP = np.dtype(
         ("prefilling", np.int64),  # workers that only prefill; 0: all do both
         ("transfer_s", np.float64),
         ("transfer_token_s", np.float64),
+        ("order", np.int64),  # who of those in line goes first
+        ("admission", np.bool_),  # what is not worth what it takes is turned away
+        ("aging", np.float64),  # rank gained by a second in line
+        ("prompt_weight", np.float64),  # of a prompt token in a tenant's count of service
+        ("answer_weight", np.float64),
     ],
     align=True,
 )
@@ -96,6 +103,7 @@ WORKER = np.dtype(
         ("hit_tokens", np.int64),
         ("preemptions", np.int64),
         ("finished", np.int64),
+        ("left", np.int64),  # the tenant that was last to leave the line
     ],
     align=True,
 )
@@ -126,6 +134,8 @@ SLOT = np.dtype(
         ("promised", np.int64),
         ("target", np.int64),  # the worker its KV goes to
         ("origin", np.int64),  # the worker its KV came from
+        ("rank", np.float64),  # place in line: the least goes first, −∞ after a preemption
+        ("work_s", np.float64),  # of the engine, as expected on arrival
     ],
     align=True,
 )
@@ -140,6 +150,18 @@ ROW = np.dtype(
         ("child", np.int64),  # first call that follows this row; −1: none
         ("sibling", np.int64),  # next one that follows the same row
         ("number", np.int64),  # place in all that was fed
+        ("tenant", np.int64),
+        ("value", np.float64),
+        ("expected", np.float64),  # output tokens
+    ],
+    align=True,
+)
+TENANT = np.dtype(
+    [
+        ("service", np.float64),  # weighted tokens, up to the worker's token count `counted`
+        ("counted", np.int64),
+        ("decoding", np.int64),  # its sequences
+        ("waiting", np.int64),
     ],
     align=True,
 )
@@ -188,11 +210,12 @@ class Columns(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Step times and routing weights; never written to."""
+    """Step times, routing weights and what requests take; never written to."""
 
     dense: Any
     batch: Any  # of BATCH, by decoding sequences
     routing: Any
+    takes: Any
 
 
 class State(NamedTuple):
@@ -208,6 +231,7 @@ class State(NamedTuple):
     prompts: Any
     later: Any
     tree: Any
+    tenants: Any  # of TENANT, by worker
 
     def copy(self) -> State:
         return State(*(array.copy() for array in self))

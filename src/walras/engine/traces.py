@@ -46,6 +46,12 @@ ARRIVAL = ("arrival_s", "time_s", "arrived_at", "arrival_timestamp")
 CLOCK = ("timestamp", "TIMESTAMP")
 """Milliseconds where they are numbers, else dates."""
 NAMES = ("request_id", "id")
+TENANT = ("tenant", "tenant_id", "team")
+WORTH = {
+    "value": ("value", "value_usd"),
+    "delay_price": ("delay_price", "delay_price_usd_per_s"),
+    "expected_output": ("expected_output", "expected_output_tokens"),
+}
 PREFIXES = "hash_ids"
 SESSIONS = ("session", "agent", "think_s", "run_start", "run_len")
 SESSION_BLOCK, SESSION_CHUNK = 64, 512
@@ -72,19 +78,31 @@ class Trace:
         return _in_file(error, self.path, self.columns, self.rows)
 
 
-def read_trace(path: Path, *, model: str | None = None, session_every_s: float = 60.0) -> Trace:
+def read_trace(
+    path: Path,
+    *,
+    model: str | None = None,
+    session_every_s: float = 60.0,
+    scheduled: bool = False,
+    needed: Sequence[str] = (),
+) -> Trace:
     """The requests of a trace or of a log of records.
 
     Args:
         model: of a log with rows for several models, the one whose rows are meant; left out, those marked `chosen`, or all.
         session_every_s: seconds between the starts of sessions, in a trace of sessions: it says how long an agent thought
             after each answer, not when its session began.
+        scheduled: whether to read also, where the file has them, whose requests they are, what answers and seconds are worth, and how
+            long answers are expected to be.
+        needed: which of those columns of `Requests` must be there.
 
     Raises:
         RecordError: names file, row and column: arrivals that are negative or go back, requests without tokens, an id
             that occurs twice, block ids out of prefix order, no rows, no such columns.
     """
     names = columns_of(path)
+    for key in needed:
+        _one_of(path, names, TENANT if key == "tenant" else WORTH[key])
     if all(name in names for name in SESSIONS):
         return _sessions(path, session_every_s)
     file = _File(path, _rows_of(path, names, model))
@@ -103,6 +121,11 @@ def read_trace(path: Path, *, model: str | None = None, session_every_s: float =
         columns["names"] = label
         found["names"] = np.asarray(file.text(label))
     rows = file.numbers_of(len(found["arrival_s"]))
+    if scheduled:
+        for key, known in (("tenant", TENANT), *WORTH.items()):
+            if any(name in names for name in known):
+                columns[key] = _one_of(path, names, known)
+                found[key] = file.codes(columns[key]) if key == "tenant" else file.numbers(columns[key])
     if PREFIXES not in names:
         return _checked(found, 0, path, columns, rows)
     columns |= {"prefix_ids": PREFIXES, "prefix_offsets": PREFIXES}
@@ -194,6 +217,13 @@ class _File:
         batches = read_records(self.path, (), facts=(name,))
         column = [value for _, batch in batches for value in batch.column(name).to_pylist()]
         return column if self.rows is None else [column[row - 1] for row in self.rows]
+
+    def codes(self, name: str) -> IntArray:
+        """(N,) texts as numbers, in the order in which they first occur."""
+        texts = self.text(name)
+        self.wrong(np.array([text is None for text in texts]), name, "is missing")
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        return np.array([numbers[text] for text in texts], dtype=np.int64)
 
     def arrivals(self, name: str) -> FloatArray:
         """(N,) seconds; milliseconds and dates count from the first row."""

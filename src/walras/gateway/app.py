@@ -146,10 +146,9 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] == "http":
-            await self._http(Request(scope, receive, send))
-
-    async def _http(self, request: Request) -> None:
+        if scope["type"] != "http":
+            return
+        request = Request(scope, receive, send)
         dialect: Dialect = "messages" if _anthropic(request) else DIALECTS.get(request.path, "chat")
         request_id = new_id(self.board.clock())
         try:

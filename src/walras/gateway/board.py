@@ -12,7 +12,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import msgspec
@@ -24,6 +24,7 @@ from walras.gateway.offers import MTOK, Asked, Experience, expected, tasks_of, u
 from walras.prices import Prices
 from walras.quantities import USD, Uses
 from walras.settings import Economy, Kind
+from walras.supply.engines import EngineNow, Load, engine_json
 
 Clock = Callable[[], int]
 """Nanoseconds since 1970."""
@@ -37,6 +38,8 @@ class Alternative(msgspec.Struct, frozen=True):
     compute: float
     latency: float
     risk: float
+    congestion: float = 0.0
+    """The part of `compute` that is the delay of others in the use's engine, at the prices of its resources."""
 
     @property
     def net(self) -> float:
@@ -89,6 +92,8 @@ class Standing:
     """That the prices were found from."""
     problem: str | None
     """Why the last clearing failed, where it did; the prices before it still hold."""
+    engines: tuple[EngineNow, ...] = ()
+    """With the prices of their resources, as they were read last."""
 
 
 @dataclass(slots=True)
@@ -98,6 +103,8 @@ class Board:
     economy: Economy
     clock: Clock = time.time_ns
     standing: Standing = field(init=False)
+    loads: dict[str, Load] = field(init=False, default_factory=dict)
+    """What a request adds to the delay of others, by model that an engine runs."""
     _experience: dict[tuple[str, str], Experience] = field(init=False, default_factory=dict)
     _compiled: dict[tuple[str, str, Kind], _Compiled] = field(init=False, default_factory=dict)
     _by_kind: dict[Kind, tuple[str, ...]] = field(init=False)
@@ -165,7 +172,12 @@ class Board:
                 continue
             usd = c.usd[i] + c.usd_slope[i] * tokens
             compute = c.compute[i] + c.compute_slope[i] * tokens + scarcity * usd
-            ranked.append(Alternative(name, value * c.quality[i], compute, c.latency[i], c.risk[i]))
+            load, others = self.loads.get(name), 0.0
+            if load is not None:
+                seen = self._of(name, task_class)
+                others = load.congestion(tokens, seen.output_tokens, seen.seconds)
+                compute += others
+            ranked.append(Alternative(name, value * c.quality[i], compute, c.latency[i], c.risk[i], others))
         ranked.sort(key=lambda a: a.compute + a.latency + a.risk - a.value)
         return Decision(tuple(ranked), self.standing.version, scarcity)
 
@@ -194,6 +206,11 @@ class Board:
     def delay_price(self, tenant: str, task_class: str, kind: Kind = "chat") -> float:
         """What a second of its own costs a request, USD: λ₀ and what mean SLAs charge. [Z-3]"""
         return self._coefficients(tenant, task_class, kind).second
+
+    def others_delay_price(self) -> float:
+        """What a second of delay costs others, USD: the mean over the latest requests; as the settings declare before any."""
+        latest = self._window or (Asked(0.0, 0.0, "", ""),)
+        return sum(self.delay_price(a.tenant, a.task_class, a.kind) for a in latest) / len(latest)
 
     def asked(self, value: float, tokens: float, tenant: str, task_class: str, kind: Kind = "chat") -> None:
         """A request that prices are to be found from."""
@@ -260,9 +277,21 @@ class Board:
         return list(self._window), self._experience
 
     def post(self, standing: Standing) -> None:
-        """Decide by `standing` from now on."""
-        self.standing = standing
+        """Decide by `standing` from now on; engines are as they are."""
         self._compiled.clear()
+        self._tell(replace(standing, engines=self.standing.engines))
+
+    def congested(self, engines: tuple[EngineNow, ...]) -> None:
+        """Charge what these engines' resources cost from now on."""
+        loads = {e.engine: e.load for e in engines}
+        models = self.economy.models.items()
+        self.loads = {
+            name: loads[m.engine] for name, m in models if m.engine is not None and m.engine in loads
+        }
+        self._tell(replace(self.standing, engines=engines))
+
+    def _tell(self, standing: Standing) -> None:
+        self.standing = standing
         for watcher in list(self._watchers):
             watcher(standing)
 
@@ -286,4 +315,5 @@ def standing_json(standing: Standing, now_ns: int) -> dict[str, Any]:
         "cleared_at": standing.cleared_ns / 1e9,
         "age_s": max(now_ns - standing.cleared_ns, 0) / 1e9,
         "problem": standing.problem,
+        "engines": [engine_json(e, now_ns / 1e9) for e in standing.engines],
     }

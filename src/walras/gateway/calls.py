@@ -34,16 +34,17 @@ from walras.gateway.metering import Call as Money
 from walras.gateway.metering import Job, Meter, Tariff, scarcity
 from walras.gateway.metrics import Metrics
 from walras.gateway.redaction import redaction
+from walras.gateway.runs import Ask, Attempt, Hedge, Run, Told
 from walras.gateway.upstream import Answer, Failure, TokenPrices, Upstream, backoff_s
 from walras.gateway.wire import Call, Dialect, RequestError, Stamp, Usage
 from walras.ledger import Alternative as Written
-from walras.ledger import Entry, Hold, Nano, Store, Ticket, pack, priced
+from walras.ledger import Entry, Hold, Nano, Store, pack, priced
 from walras.ledger.entry import Settled, Status
 from walras.ledger.money import NANO_PER_USD
 from walras.settings import Kind
 
 if TYPE_CHECKING:
-    from walras.gateway.tracing import Trace, Tracer
+    from walras.gateway.tracing import Tracer
 
 _log = logging.getLogger("walras.gateway")
 AUTO = ("auto", "walras/auto", "")
@@ -89,127 +90,6 @@ def id_headers(request_id: str) -> tuple[tuple[bytes, bytes], ...]:
     """The id under the names that OpenAI's clients and Anthropic's look for."""
     told = request_id.encode()
     return (b"x-request-id", told), (b"request-id", told)
-
-
-@dataclass(slots=True)
-class Ask:
-    """One request, as far as it is known before it is answered."""
-
-    request_id: str
-    key: Key
-    call: Call
-    at_ns: int
-    began: float
-    value: float
-    task_class: str
-    """As the client says."""
-    priced_as: str
-    """The class whose prices and experience it has."""
-    session: str | None
-    deadline: float | None
-    text_bytes: int
-    prompt: str | None
-    kind: Kind
-    """Of the models that can answer."""
-    down: Sequence[str] = ()
-    """Models whose upstream took no request when it was decided."""
-    tokens: int = 0
-    """Of the prompt, before it is known which model counts them."""
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.began
-
-
-@dataclass(slots=True)
-class Attempt:
-    """One use that was tried: its money, and what came of it."""
-
-    use: str
-    upstream: str
-    money: Money
-    held: Nano = 0
-    """What the ledger has of its holds."""
-    writing: tuple[Ticket, Nano] | None = None
-    """A hold that is on its way there."""
-    asked: bool = False
-    """Whether the upstream may have got it."""
-    charged: Nano = 0
-    output: int | None = None
-    """Tokens, as its upstream counted them; None: as they went out."""
-    ended: bool = False
-    """Whether the model had finished."""
-    began: float = 0.0
-    done: bool = False
-    """Whether it is known what it is charged. The budgets learn it when the entry is written."""
-    unused: bool = False
-    """Whether it cost nothing."""
-    capped: bool = False
-    """Whether nobody knows what it cost: it is charged what was held."""
-
-
-@dataclass(slots=True)
-class Hedge:
-    """A second attempt beside one that keeps its client waiting."""
-
-    main: asyncio.Task[None]
-    """That waits for the first attempt."""
-    timer: asyncio.TimerHandle | None = None
-    """When it is looked at next whether one is worth its price."""
-    task: asyncio.Task[None] | None = None
-    """That asks."""
-    attempt: Attempt | None = None
-    chosen: Alternative | None = None
-    answer: Answer | None = None
-    """It was first."""
-
-    def stop(self) -> None:
-        """It wakes nobody from now on."""
-        if self.timer is not None:
-            self.timer.cancel()
-        if self.task is not None:
-            self.task.cancel()
-
-
-@dataclass(slots=True)
-class Told:
-    """What became of a request, for its entry."""
-
-    status: Status
-    settled: Settled
-    http_status: int
-    usage: Usage | None = None
-    first: float | None = None
-
-
-@dataclass(slots=True)
-class Run:
-    """A request under way."""
-
-    request: Request
-    ask: Ask
-    attempts: list[Attempt] = field(default_factory=list)
-    decision: Decision | None = None
-    chosen: Alternative | None = None
-    answer: Answer | None = None
-    began: float = 0.0
-    """When the last attempt was begun that is not a hedge."""
-    ending: bool = False
-    """Its entry is being made: a client that leaves changes nothing any more."""
-    written: bool = False
-    """Its entry is on its way to the ledger."""
-    gone: bool = False
-    asked: Attempt | None = None
-    """Whose answer it is or would be; not a hedge, unless it was first."""
-    hedge: Hedge | None = None
-    """What runs beside it."""
-    trace: Trace | None = None
-
-    def hang_up(self, task: asyncio.Task[None]) -> None:
-        """The client has left: what is still being done for it ends."""
-        if not self.ending:
-            self.gone = True
-            task.cancel()
 
 
 @dataclass(slots=True)
@@ -352,17 +232,17 @@ class Calls:
                 entry = self._entry(run, told)
             except Exception as error:
                 log_bug(error)
-                entry = self._least_entry(run, told)
+                entry = _least_entry(run, told)
             await self._enter(run, entry)
 
     async def _settle_unfinished(self, run: Run, attempt: Attempt, usage: Usage | None) -> None:
         usage = self._believed(run.ask, attempt, usage)
         if not attempt.asked:
-            await self._release(attempt)
+            self._release(attempt)
         elif usage is None:
-            await self._cap(attempt)
+            self._cap(attempt)
         else:
-            await self._settle(run, attempt, usage, ended=False)
+            self._settle(run, attempt, usage, ended=False)
 
     async def ended(self) -> None:
         """Return when what was cut off is settled too."""
@@ -448,8 +328,8 @@ class Calls:
         """All uses at their prices, and those that may be tried, in this order. One that failed is worth less."""
         model, now = ask.call.model, self.board.clock()
         scarce, ask.down = 0.0, self._down()
-        for account in ask.key.accounts:
-            scarce += scarcity(await self.escrow.standing(account, now), now)
+        for standing in await self.escrow.standings(ask.key.accounts, now):
+            scarce += scarcity(standing, now)
         decision = self.board.decide(
             ask.value,
             ask.tokens,
@@ -457,7 +337,7 @@ class Calls:
             task_class=ask.priced_as,
             kind=ask.kind,
             scarcity=scarce,
-            without=[*ask.down, *(use for use, times in failed.items() if times >= TRIES)],
+            without=ask.down if not failed else [*ask.down, *(u for u, n in failed.items() if n >= TRIES)],
             deadline=None if ask.deadline is None else ask.deadline - ask.elapsed,
         )
         if self._named(model):
@@ -470,7 +350,7 @@ class Calls:
         if failed:
             again = (structs.replace(a, value=a.value * AGAIN ** failed.get(a.use, 0)) for a in ranked)
             ranked = tuple(sorted(again, key=lambda a: -a.net))
-        return decision, [a for a in ranked if a.net > 0 or not self.board.economy.defer]
+        return decision, [a for a in ranked if a.net > 0] if self.board.economy.defer else list(ranked)
 
     def _named(self, model: str) -> bool:
         """Whether the client says which model; if not, prices do."""
@@ -478,9 +358,9 @@ class Calls:
 
     def _down(self) -> list[str]:
         """Models whose upstream takes no request now."""
-        if all(upstream.up for upstream in self.upstreams.values()):
-            return []
-        return [name for name in self.board.models if not self._upstream(name).up]
+        down = {name for name, upstream in self.upstreams.items() if not upstream.up}
+        models = self.board.economy.models.items() if down else ()
+        return [name for name, model in models if model.upstream in down]
 
     def _job(self, ask: Ask, use: str) -> Job:
         call, most = ask.call, self.board.economy.models[use].max_output_tokens
@@ -521,15 +401,15 @@ class Calls:
                 last, failed[use] = last or error, TRIES
                 if run.trace is not None:
                     run.trace.failed(attempt, error)
-                await self._release(attempt)
+                self._release(attempt)
             except Failure as failure:
                 last = failure
                 # What rests a key says nothing against the model while another key of it works.
                 own = failure.status in (401, 402, 403, 429) and self._upstream(use).passing
                 failed[use] = failed.get(use, 0) + (not own)
-                await self._failed(run, attempt, failure)
+                self._failed(run, attempt, failure)
 
-    async def _failed(self, run: Run, attempt: Attempt, failure: Failure) -> None:
+    def _failed(self, run: Run, attempt: Attempt, failure: Failure) -> None:
         if run.trace is not None:
             run.trace.failed(attempt, failure)
         event(
@@ -543,7 +423,7 @@ class Calls:
             status=failure.status,
         )
         self.metrics.count("attempts", attempt.upstream, failure.reason)
-        await (self._cap(attempt) if failure.charged else self._release(attempt))
+        (self._cap if failure.charged else self._release)(attempt)
 
     async def _reserve(
         self, ask: Ask, open_to: list[Alternative]
@@ -593,7 +473,8 @@ class Calls:
     async def _shortest(self, ask: Ask) -> tuple[str, Standing] | None:
         """Of the budgets that pay, the one whose money is dearest; none where a dollar counts as a dollar."""
         now = self.board.clock()
-        standing = {account: await self.escrow.standing(account, now) for account in ask.key.accounts}
+        accounts = ask.key.accounts
+        standing = dict(zip(accounts, await self.escrow.standings(accounts, now), strict=True))
         dearest = max(standing, key=lambda account: scarcity(standing[account], now))
         return (dearest, standing[dearest]) if scarcity(standing[dearest], now) > 0 else None
 
@@ -747,11 +628,11 @@ class Calls:
             await self._hold(run, attempt)
             hedge.answer = await self._ask_upstream(run, attempt)
         except Failure as failure:
-            await self._failed(run, attempt, failure)
+            self._failed(run, attempt, failure)
         except (RequestError, OutputError) as problem:
             if run.trace is not None and isinstance(problem, RequestError):
                 run.trace.failed(attempt, problem)
-            await self._release(attempt)
+            self._release(attempt)
         if hedge.answer is None:
             self.metrics.count("hedges", chosen.use, "failed")
         else:
@@ -776,7 +657,7 @@ class Calls:
             if failure is None:
                 await self._settle_unfinished(run, attempt, None)
             else:
-                await self._failed(run, attempt, failure)
+                self._failed(run, attempt, failure)
             self.metrics.count("hedges", other.use, "first")
             return other, first
         except Exception:
@@ -815,7 +696,7 @@ class Calls:
             made = min(-(-reply.characters // CHARACTERS), attempt.money.max_tokens)
             told.usage = usage = Usage(self.meter.tokens(attempt.use, ask.text_bytes), output=made)
         run.ending = True
-        await self._settle(run, attempt, usage, ended=reply.finish != "length")
+        self._settle(run, attempt, usage, ended=reply.finish != "length")
         await self._close(run, told)
         self.metrics.count("attempts", answer.upstream, "ok")
         await run.request.answer(200, reply.body, [JSON, *self._headers(run)])
@@ -877,10 +758,10 @@ class Calls:
             told.settled = "estimated"
             told.usage = Usage(self.meter.tokens(attempt.use, run.ask.text_bytes), output=metered)
         if told.usage is None:
-            await self._cap(attempt)
+            self._cap(attempt)
         else:
             ended = told.status == "ok" and stream.finish != "length"
-            await self._settle(run, attempt, told.usage, ended=ended)
+            self._settle(run, attempt, told.usage, ended=ended)
         if told.status == "ok":
             if told.settled == "exact" and told.usage is not None:
                 signs = self.meter.signs(attempt.use)
@@ -921,8 +802,12 @@ class Calls:
         amount = total - attempt.held
         own_id = f"{ask.request_id}.{run.attempts.index(attempt) + 1}.{total}"
         hold = Hold(own_id, ask.request_id, ask.at_ns, ask.key.id, ask.key.tenant, amount)
-        attempt.writing = (self.store.hold(hold), amount)
-        await self._landed(attempt)
+        ticket = self.store.hold(hold)
+        if ticket.done and ticket.error is None:
+            attempt.held += amount
+        else:
+            attempt.writing = (ticket, amount)
+            await self._landed(attempt)
 
     async def _landed(self, attempt: Attempt) -> None:
         """Wait for the hold that is being written. One that was not written is not held."""
@@ -930,23 +815,22 @@ class Calls:
             return
         ticket, amount = attempt.writing
         try:
-            if not ticket.done or ticket.error is not None:
-                await self.store.written(ticket)
+            await self.store.written(ticket)
         finally:  # it may be written even if this was cancelled
             if ticket.done:
                 attempt.writing = None
                 attempt.held += amount if ticket.error is None else 0
 
-    async def _release(self, attempt: Attempt) -> None:
+    def _release(self, attempt: Attempt) -> None:
         """It cost nothing."""
         attempt.done = attempt.unused = True
 
-    async def _cap(self, attempt: Attempt) -> None:
+    def _cap(self, attempt: Attempt) -> None:
         """Nobody can say what it cost: all that is held is taken for it."""
         attempt.capped, attempt.charged = True, attempt.held
         attempt.done = True
 
-    async def _settle(self, run: Run, attempt: Attempt, usage: Usage, *, ended: bool) -> None:
+    def _settle(self, run: Run, attempt: Attempt, usage: Usage, *, ended: bool) -> None:
         ask, use = run.ask, attempt.use
         attempt.charged = self._prices[use].cost_nano(usage)
         attempt.output, attempt.ended, attempt.done = usage.completion, ended, True
@@ -979,8 +863,7 @@ class Calls:
 
     def _entry(self, run: Run, told: Told) -> Entry:
         ask, decision, use = run.ask, run.decision, run.chosen.use if run.chosen else None
-        usage, seconds = told.usage, ask.elapsed
-        charged, reserved = sum(a.charged for a in run.attempts), sum(a.held for a in run.attempts)
+        usage, seconds, (charged, reserved, capped) = told.usage, ask.elapsed, run.sums()
         quality = self.board.expected(use, ask.priced_as).quality if use is not None else None
         delay_price = self.board.delay_price(ask.key.tenant, ask.priced_as, ask.kind)
         delay = 0 if use is None else priced(seconds, delay_price)
@@ -990,7 +873,7 @@ class Calls:
             tenant=ask.key.tenant,
             key_id=ask.key.id,
             status=told.status,
-            settled=_settled(run.attempts, told, charged, reserved),
+            settled=_settled(told, charged, reserved, capped),
             session=ask.session,
             task_class=ask.task_class or None,
             model_asked=ask.call.model or None,
@@ -1003,7 +886,7 @@ class Calls:
             compute_nano=charged,
             latency_nano=delay,
             risk_nano=0 if run.chosen is None else priced(1.0, max(run.chosen.risk, 0.0)),
-            alternatives=b"" if decision is None else pack([_written(a) for a in decision.ranked[:SHOWN]]),
+            alternatives=b"" if decision is None else _written(decision.ranked[:SHOWN]),
             propensity=1.0 if use is not None else None,
             prices_version=None if decision is None else str(decision.version),
             input_tokens=None if usage is None else usage.prompt,
@@ -1018,23 +901,6 @@ class Calls:
             prompt=ask.prompt,
         )
 
-    def _least_entry(self, run: Run, told: Told) -> Entry:
-        """The money of a request whose entry could not be made, for it must not stay open."""
-        ask = run.ask
-        charged, reserved = sum(a.charged for a in run.attempts), sum(a.held for a in run.attempts)
-        return Entry(
-            request_id=ask.request_id,
-            at_ns=ask.at_ns,
-            tenant=ask.key.tenant,
-            key_id=ask.key.id,
-            status=told.status,
-            settled=_settled(run.attempts, told, charged, reserved),
-            http_status=told.http_status,
-            compute_nano=charged,
-            reserved_nano=reserved,
-            charged_nano=charged,
-        )
-
     def _count(self, run: Run, entry: Entry) -> None:
         use, chosen, m = entry.use or "none", run.chosen, self.metrics
         m.count("requests", use, entry.status)
@@ -1044,7 +910,7 @@ class Calls:
             return
         m.count("charged_usd", use, by=entry.charged_nano / 1e9)
         m.count("surplus_usd", use, by=chosen.net)
-        if run.decision.ranked and entry.model_asked in self.board.models:
+        if run.decision.ranked and entry.model_asked in self.board.economy.models:
             m.count("named_regret_usd", use, by=max(run.decision.surplus - chosen.net, 0.0))
         m.count("tokens", use, "input", by=entry.input_tokens or 0)
         m.count("tokens", use, "output", by=entry.output_tokens or 0)
@@ -1063,11 +929,28 @@ class Calls:
         ]
 
 
-def _settled(attempts: Sequence[Attempt], told: Told, charged: Nano, reserved: Nano) -> Settled:
+def _settled(told: Told, charged: Nano, reserved: Nano, capped: bool) -> Settled:
     """How sure the charge is: 'cap' says that all of it, and all that was held, is a guess."""
-    if any(a.capped for a in attempts):
+    if capped:
         return "cap" if charged == reserved else "estimated"
     return told.settled if charged or told.settled == "estimated" or told.usage else "none"
+
+
+def _least_entry(run: Run, told: Told) -> Entry:
+    """What must be known of a request in any case: whose it is, and its money."""
+    ask, (charged, reserved, capped) = run.ask, run.sums()
+    return Entry(
+        request_id=ask.request_id,
+        at_ns=ask.at_ns,
+        tenant=ask.key.tenant,
+        key_id=ask.key.id,
+        status=told.status,
+        settled=_settled(told, charged, reserved, capped),
+        http_status=told.http_status,
+        compute_nano=charged,
+        reserved_nano=reserved,
+        charged_nano=charged,
+    )
 
 
 async def _surely(step: Awaitable[None]) -> None:
@@ -1085,15 +968,18 @@ def _unwritable() -> HttpError:
     return HttpError(503, what, code="unavailable", headers=_retry(1.0))
 
 
-def _written(a: Alternative) -> Written:
-    n = NANO_PER_USD
-    value, compute, latency, risk = (
-        round(a.value * n),
-        round(a.compute * n),
-        round(a.latency * n),
-        round(a.risk * n),
-    )
-    return Written(a.use, value, compute, latency, risk, value - compute - latency - risk)
+def _written(ranked: Sequence[Alternative]) -> bytes:
+    """As the ledger keeps them."""
+    n, rows = NANO_PER_USD, []
+    for a in ranked:
+        value, compute, latency, risk = (
+            round(a.value * n),
+            round(a.compute * n),
+            round(a.latency * n),
+            round(a.risk * n),
+        )
+        rows.append(Written(a.use, value, compute, latency, risk, value - compute - latency - risk))
+    return pack(rows)
 
 
 def _tell(entry: Entry) -> None:

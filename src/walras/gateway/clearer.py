@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,31 +19,38 @@ import numpy as np
 from walras.errors import InfeasibleError, NotCleared
 from walras.gateway.board import Board, Standing
 from walras.gateway.logs import event
-from walras.gateway.offers import Asked, Experience, Known, tasks_of, uses_of
+from walras.gateway.offers import CONGESTION, Asked, Experience, Known, tasks_of, uses_of
 from walras.prices import Prices
 from walras.settings import Economy
+from walras.supply.engines import Load
 
 LINE = 64 * 1024 * 1024
 """Longest line between the two processes, bytes."""
 
 
-def clear(economy: Economy, asked: Sequence[Asked], known: Known, start: Sequence[float]) -> dict[str, Any]:
+def clear(
+    economy: Economy,
+    asked: Sequence[Asked],
+    known: Known,
+    start: Sequence[float],
+    loads: Mapping[str, Load] | None = None,
+) -> dict[str, Any]:
     """Prices of the settings' limits over these requests, with their certificate; or the problem. A request to which no model is
-    open was refused whatever the prices, and has no part in them."""
+    open was refused whatever the prices, and has no part in them. What it adds to the delay of others is charged as it is live."""
     from walras.market.shadow import discover  # noqa: PLC0415 - the serving process imports this module, not the solver
 
     open_to = uses_of(economy, asked, known).allowed.any(axis=1)
     asked = [asked[k] for k in np.flatnonzero(open_to).tolist()]
     if not asked:
         return {"problem": "no model is open to any of the latest requests"}
-    rows = economy.constraints({})
+    rows, congestion = economy.constraints({}), ((CONGESTION, 1.0),) if loads else ()
     try:
         found = discover(
             tasks_of(economy, asked),
-            uses_of(economy, asked, known),
+            uses_of(economy, asked, known, loads or None),
             rows,
             defer=economy.defer,
-            declared=economy.declared(),
+            declared=(*economy.declared(), *congestion),
             start=np.array(start) if len(start) == len(rows) and rows else None,
         )
     except (InfeasibleError, NotCleared) as error:
@@ -52,7 +59,8 @@ def clear(economy: Economy, asked: Sequence[Asked], known: Known, start: Sequenc
     certificate = {
         name: getattr(c, name) for name in ("objective", "dual", "gap", "max_violation", "slackness")
     }
-    return {"prices": found.prices.to_json(), "certificate": certificate}
+    prices = replace(found.prices, declared=economy.declared())
+    return {"prices": prices.to_json(), "certificate": certificate}
 
 
 def main() -> None:
@@ -67,7 +75,8 @@ def main() -> None:
         wanted = json.loads(line)
         asked = [Asked(*row) for row in wanted["asked"]]
         known = {(model, c): Experience(*row) for model, c, row in wanted["known"]}
-        answer = json.dumps(clear(economy, asked, known, wanted["start"]))
+        loads = {model: Load(*load) for model, load in wanted["loads"].items()}
+        answer = json.dumps(clear(economy, asked, known, wanted["start"], loads))
         try:
             sys.stdout.write(answer + "\n")
             sys.stdout.flush()
@@ -111,6 +120,7 @@ class Clearer:
             "asked": [(a.value, a.tokens, a.tenant, a.task_class, a.kind) for a in asked],
             "known": [(model, c, list(asdict(e).values())) for (model, c), e in known.items()],
             "start": [p.multiplier for p in before.prices.discovered],
+            "loads": board.loads,
         }
         assert process.stdin is not None
         assert process.stdout is not None

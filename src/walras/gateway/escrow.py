@@ -116,6 +116,9 @@ class Escrow(Protocol):
     async def standing(self, account: str, now_ns: int) -> Standing:
         """What is spent and reserved in the period of `now_ns`."""
 
+    async def standings(self, accounts: Sequence[str], now_ns: int) -> list[Standing]:
+        """The same of several at once."""
+
 
 def period_of(period: Period, at_ns: int) -> tuple[int, int]:
     """[start, end) of the UTC calendar period around a UNIX time, ns; weeks start on Monday."""
@@ -269,9 +272,17 @@ class LocalEscrow:
         await self.settle(reservation, 0)
 
     async def standing(self, account: str, now_ns: int) -> Standing:
-        own = self._account(account)
-        window = own.window(now_ns)
-        return Standing(own.budget, window.spent, window.reserved, window.start_ns, _reset(window))
+        (found,) = await self.standings((account,), now_ns)
+        return found
+
+    async def standings(self, accounts: Sequence[str], now_ns: int) -> list[Standing]:
+        found = []
+        for account in accounts:
+            own = self._account(account)
+            window = own.window(now_ns)
+            resets = None if window.end_ns == _NEVER else window.end_ns
+            found.append(Standing(own.budget, window.spent, window.reserved, window.start_ns, resets))
+        return found
 
     def balance(self, account: str) -> Balance:
         """The identity of the account's reservations. Takes time proportional to what is open."""
@@ -288,15 +299,17 @@ class LocalEscrow:
 
 def _take(places: Sequence[_Place], amount: Nano) -> Refused | None:
     """Reserve in all places, or in none and say which did not fit."""
-    short = [(account, window) for account, window in places if amount > account.room(window)]
-    if short:
-        account, window = max(short, key=lambda place: place[1].end_ns)
-        return Refused(account.name, min(a.room(w) for a, w in short), _reset(window))
+    for account, window in places:
+        if amount > account.room(window):
+            return _refused(places, amount)
     for account, window in places:
         window.reserved += amount
         account.reserved += amount
     return None
 
 
-def _reset(window: _Window) -> int | None:
-    return None if window.end_ns == _NEVER else window.end_ns
+def _refused(places: Sequence[_Place], amount: Nano) -> Refused:
+    short = [(account, window) for account, window in places if amount > account.room(window)]
+    account, window = max(short, key=lambda place: place[1].end_ns)
+    resets = None if window.end_ns == _NEVER else window.end_ns
+    return Refused(account.name, min(a.room(w) for a, w in short), resets)

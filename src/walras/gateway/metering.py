@@ -103,7 +103,11 @@ class Lengths:
 
     def observe(self, length: int, *, ended: bool) -> None:
         """One call: its length, or with `ended` False the length at which it was cut."""
-        (self._ended if ended else self._cut)[_bucket(length)] += 1.0
+        self.observe_in(_bucket(length), ended=ended)
+
+    def observe_in(self, bucket: int, *, ended: bool) -> None:
+        """The same, where the bucket is known."""
+        (self._ended if ended else self._cut)[bucket] += 1.0
         self._seen += 1.0
         if self._seen >= _WINDOW:
             self._ended, self._cut = (array("d", (n / 2 for n in a)) for a in (self._ended, self._cut))
@@ -313,15 +317,11 @@ class Meter:
             found = self._signs[use] = Signs()
         return found
 
-    def expected(self, job: Job) -> Nano:
-        """What the call costs on average: ΔC."""
-        length = min(self._own(job.use, job.task_class).mean(), job.max_tokens)
-        return job.tariff.cost(job.input_tokens, length)
-
     def learn(self, use: str, task_class: str, output_tokens: int, *, ended: bool) -> None:
         """How long an answer was; calls of the past may be taught at start. `ended` as for `Call.settle`."""
+        bucket = _bucket(output_tokens)
         for lengths in {self._own(use, task_class), _group(self._uses, use, self._all), self._all}:
-            lengths.observe(output_tokens, ended=ended)
+            lengths.observe_in(bucket, ended=ended)
 
     def tokens(self, use: str, text_bytes: int) -> int:
         """Tokens that so many bytes of UTF-8 text will hardly exceed, as `use` counts them; images not included."""
@@ -329,8 +329,9 @@ class Meter:
 
     def learn_tokens(self, use: str, text_bytes: int, tokens: int) -> None:
         """What an upstream counted for a text."""
+        bucket = _bucket(-(-tokens * _PER_KB // max(text_bytes, _SHORT)))
         for lengths in {_group(self._texts, use, self._bytes), self._bytes}:
-            lengths.observe(-(-tokens * _PER_KB // max(text_bytes, _SHORT)), ended=True)
+            lengths.observe_in(bucket, ended=True)
 
     async def open(self, accounts: Sequence[str], job: Job, now_ns: int) -> Call | Refused:
         """Reserve for a call, in all accounts or none; with less than usual, and fewer tokens, when money is short."""

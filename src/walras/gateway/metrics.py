@@ -9,10 +9,14 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from walras.gateway.board import Standing
 
 COUNTERS = {
     "requests": ("Requests by what they used and how they ended", ("use", "status")),
@@ -27,6 +31,16 @@ COUNTERS = {
 """Labels are models, upstreams and ways to end: what clients send is never one."""
 LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 SHORT = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1)
+GAUGES = {
+    "price": ("Multiplier of a constraint", ("constraint",)),
+    "prices_version": ("Version of the prices", ()),
+    "engine_price": ("USD of others' delay per unit of an engine's resource", ("engine", "resource")),
+    "engine_age_seconds": ("Since an engine was last read", ("engine",)),
+    "engine_readable": ("Whether an engine's last reading succeeded", ("engine",)),
+    "engine_running": ("Sequences in an engine's batch", ("engine", "replica")),
+    "engine_waiting": ("Requests in line at an engine", ("engine", "replica")),
+    "engine_kv_use": ("Share of an engine's KV blocks that sequences hold", ("engine", "replica")),
+}
 HISTOGRAMS = {
     "request_seconds": ("Whole requests", ("use",), LONG),
     "first_byte_seconds": ("Until an answer began", ("use",), LONG),
@@ -58,10 +72,20 @@ class Metrics(Collector):
         buckets[bisect_left(edges, seconds)] += 1
         self._sums[name, labels] += seconds
 
-    def prices(self, version: int, multipliers: Iterable[tuple[str, float]]) -> None:
+    def prices(self, standing: Standing) -> None:
         """The prices of now; those of before are gone."""
-        self._gauges = {("price", (constraint,)): mu for constraint, mu in multipliers}
-        self._gauges["prices_version", ()] = version
+        discovered = standing.prices.discovered
+        self._gauges = {("price", (p.constraint.name,)): p.multiplier for p in discovered}
+        self._gauges["prices_version", ()] = standing.version
+        for e in standing.engines:
+            one = (e.engine,)
+            self._gauges["engine_readable", one] = e.problem is None
+            self._gauges |= {("engine_price", (*one, p.resource)): p.usd for p in e.prices}
+            if e.age_s is not None:
+                self._gauges["engine_age_seconds", one] = e.age_s
+            for replica, state in e.states.items():
+                for name in ("running", "waiting", "kv_use"):
+                    self._gauges[f"engine_{name}", (*one, replica)] = getattr(state, name)
 
     def page(self) -> bytes:
         """What `GET /metrics` answers."""
@@ -82,8 +106,9 @@ class Metrics(Collector):
                     upto = zip((*map(str, edges), "+Inf"), map(float, accumulate(buckets)), strict=True)
                     histogram.add_metric(values, list(upto), self._sums[name, values])
             yield histogram
-        price = GaugeMetricFamily("walras_price", "Multiplier of a constraint", labels=("constraint",))
-        version = GaugeMetricFamily("walras_prices_version", "Version of the prices")
-        for (own, values), value in self._gauges.items():
-            (price if own == "price" else version).add_metric(values, value)
-        yield from (price, version)
+        for name, (what, labels) in GAUGES.items():
+            gauge = GaugeMetricFamily(f"walras_{name}", what, labels=labels)
+            for (own, values), value in self._gauges.items():
+                if own == name:
+                    gauge.add_metric(values, value)
+            yield gauge

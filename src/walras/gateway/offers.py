@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 
 from walras.errors import SettingsError
-from walras.quantities import Labels, Tasks, Uses
+from walras.quantities import USD, Labels, Tasks, Uses
 from walras.settings import Economy, Kind, ModelSettings
+from walras.supply.engines import IDLE, Load
 
+CONGESTION = "congestion"
+"""The resource that is the delay of others in an engine, in USD, so that its price is 1."""
 MTOK = 1_000_000
 """Prices of tokens are per million of them."""
 FORGET = 1 / 200
@@ -86,8 +89,13 @@ def tasks_of(economy: Economy, asked: Sequence[Asked]) -> Tasks:
     )
 
 
-def uses_of(economy: Economy, asked: Sequence[Asked], known: Known) -> Uses:
+def uses_of(
+    economy: Economy, asked: Sequence[Asked], known: Known, loads: Mapping[str, Load] | None = None
+) -> Uses:
     """What each model would give and take on N requests, (N, I); models of another kind are not open to a request.
+
+    Args:
+        loads: what a request adds to the delay of others, by model; left out, there is no such resource.
 
     Raises:
         SettingsError: an absolute rule names a model that is not there.
@@ -110,11 +118,18 @@ def uses_of(economy: Economy, asked: Sequence[Asked], known: Known) -> Uses:
     for kind, group, model in economy.forbidden_models():
         if model not in names:
             raise SettingsError(f"there is no model '{model}'", key=f"{kind}.{group}.forbidden_models")
+    others = None
+    if loads is not None:
+        flat = [loads.get(name, IDLE) for name in names]
+        made, seconds = column(lambda e, _: e.output_tokens), column(lambda e, _: e.seconds)
+        pairs = zip(flat, made.T, seconds.T, strict=True)
+        others = np.column_stack([load.congestion(tokens, out, s) for load, out, s in pairs])
     suited = np.array([a.kind for a in asked])[:, None] == np.array([m.kind for m in models])
     return Uses(
         names=names,
         quality=column(lambda e, _: min(max(e.quality, 0.0), 1.0)),
-        amounts=usd[:, :, None],
+        amounts=usd[:, :, None] if others is None else np.stack((usd, others), axis=2),
+        resources=(USD,) if others is None else (USD, CONGESTION),
         seconds=column(lambda e, _: e.seconds),
         risk=column(lambda _, m: m.risk_usd),
         allowed=suited & ~economy.forbidden(names, len(asked), *labels),

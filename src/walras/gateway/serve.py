@@ -35,6 +35,7 @@ from walras.gateway.upstream import Served, TokenPrices, Upstream, UpstreamSetti
 from walras.gateway.warm import warm
 from walras.ledger import Store, nano, open_store, recover
 from walras.settings import Economy, ModelSettings
+from walras.supply.engines import EngineReader, watch
 
 if TYPE_CHECKING:
     from walras.gateway.tracing import Tracer
@@ -146,6 +147,13 @@ class Service:
     store: Store
     transport: HttpTransport
     clearer: Clearer
+    engines: tuple[EngineReader, ...]
+    """Whose congestion is priced."""
+
+    async def watch_engines(self) -> None:
+        """Keep the prices of the engines' resources on the board, for ever."""
+        board = self.gateway.board
+        await watch(self.engines, board.others_delay_price, board.congested)
 
     async def stop(self) -> None:
         """After the last call: what is owed is written, and files are closed.
@@ -181,6 +189,7 @@ def open_service(
     except OSError as error:
         raise OutputError(f"{data}: cannot be made: {error.strerror or error}") from error
     board, metrics, escrow = Board(economy), Metrics(), LocalEscrow()
+    engines = tuple(EngineReader(name, link) for name, link in economy.engines.items())
     transport = HttpTransport()
     upstreams = build_upstreams(economy, transport, SimulatedTransport())
     tracer = _tracer(upstreams)
@@ -191,9 +200,7 @@ def open_service(
     except BaseException:
         store.stop()
         raise
-    board.watch(
-        lambda s: metrics.prices(s.version, [(p.constraint.name, p.multiplier) for p in s.prices.discovered])
-    )
+    board.watch(metrics.prices)
     calls = Calls(board, Meter(escrow), escrow, store, upstreams, metrics, _read_menu(menu))
     hidden = [t["name"] for t in (calls.menu or {}).get("tiers", ()) if t["name"] in economy.models]
     if hidden:
@@ -201,7 +208,7 @@ def open_service(
     warm(calls, store, economy.gateway.window)
     calls.tracer = tracer
     gateway = Gateway(board, calls, keys, store, escrow, metrics)
-    return Service(economy, gateway, keys, store, transport, Clearer(board))
+    return Service(economy, gateway, keys, store, transport, Clearer(board), engines)
 
 
 def _tracer(upstreams: dict[str, Upstream]) -> Tracer | None:
@@ -284,6 +291,7 @@ async def serve(
     running = asyncio.create_task(server.serve(sockets=[sock]))
     clearing = asyncio.create_task(service.clearer.run())
     sweeping = asyncio.create_task(sweep(server.server_state.connections))
+    watching = asyncio.create_task(service.watch_engines())
     try:
         while not server.started and not running.done():
             await asyncio.sleep(0.005)
@@ -294,7 +302,7 @@ async def serve(
         on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", service.keys)
         await running
     finally:
-        for task in (clearing, sweeping):
+        for task in (clearing, sweeping, watching):
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task

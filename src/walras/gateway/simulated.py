@@ -87,9 +87,7 @@ TAIL = 1.0
 
 def simulated_settings(name: str = "simulated") -> UpstreamSettings:
     """Settings of the provider that serves the simulated models; give its `Upstream` a `SimulatedTransport`."""
-    served = [
-        Served(name=m.name, prices=m.prices, first_byte_s=m.first_byte_s, token_s=m.token_s) for m in MODELS
-    ]
+    served = [Served(name=m.name, prices=m.prices, first_byte_s=m.first_byte_s) for m in MODELS]
     return UpstreamSettings(
         name=name, kind="simulated", base_url="http://simulated.invalid/v1", models=(*served, EMBEDDING)
     )

@@ -22,8 +22,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 from walras.errors import SettingsError
-from walras.gateway.calls import SHOWN, Attempt, Run
+from walras.gateway.calls import SHOWN
 from walras.gateway.http import Gone, HttpError, log_bug
+from walras.gateway.runs import Attempt, Run
 from walras.gateway.upstream import Answer, Failure, Upstream, UpstreamSettings
 from walras.gateway.wire import RequestError, to_json
 from walras.ledger import Entry
@@ -46,7 +47,7 @@ except ImportError as error:
 FLUSH_S = 2.0
 """Most seconds that spans are waited for when the service stops."""
 PROTOCOL = "http/protobuf"
-TERMS = ("value", "compute", "latency", "risk", "net")
+TERMS = ("value", "compute", "congestion", "latency", "risk", "net")
 CHARACTERS = 256
 """Most of a name that an attribute holds."""
 

@@ -1,8 +1,7 @@
 """A provider of models: its keys and regions, what it charges, how it is, and one attempt at a time.
 
 `Upstream.ask` makes one attempt. It never retries by itself: a retry is a use like any other, so whoever prices uses
-decides, from what a `Failure` says (may it be tried again, may it have been charged) and from `Upstream.offer` (what
-another attempt would take in seconds and money).
+decides, from what a `Failure` says: may it be tried again, may it have been charged.
 
     provider's answer            charged   try again
     not reached, 408, 409, 425   no        yes
@@ -76,8 +75,6 @@ DRAIN_S = 0.05
 """How long the end of a finished stream is waited for, so that its connection can be used again."""
 MOST_ANSWERS = 2048
 """Of the last answers that a breaker remembers."""
-SMOOTHING = 0.1
-"""Weight of the last answer in what the next is expected to take."""
 
 
 class Secret:
@@ -113,20 +110,12 @@ class TokenPrices(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     def cost_nano(self, usage: Usage) -> Nano:
         """What `usage` costs; a fraction of a nano-USD is rounded up, once."""
 
-        def price(own: int | None, other: int) -> int:
-            return other if own is None else own
-
+        cached, written, reasoned = self.cached_input, self.cache_write, self.reasoning
         total = usage.input * self.input + usage.output * self.output
-        total += usage.cached_input * price(self.cached_input, self.input)
-        total += usage.cache_write * price(self.cache_write, self.input)
-        total += usage.reasoning * price(self.reasoning, self.output)
+        total += usage.cached_input * (self.input if cached is None else cached)
+        total += usage.cache_write * (self.input if written is None else written)
+        total += usage.reasoning * (self.output if reasoned is None else reasoned)
         return self.request_nano - (-total // MILLION)
-
-    def cap_nano(self, prompt_tokens: int, max_tokens: int) -> Nano:
-        """The most that many prompt and output tokens can cost, whatever their kinds."""
-        dearest_in = max(self.input, self.cached_input or 0, self.cache_write or 0)
-        dearest_out = max(self.output, self.reasoning or 0)
-        return self.request_nano - (-(prompt_tokens * dearest_in + max_tokens * dearest_out) // MILLION)
 
 
 class Served(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -139,8 +128,6 @@ class Served(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """As the provider calls it; empty: the same."""
     first_byte_s: NotNegative = 1.0
     """Expected seconds until the answer begins, before any is measured."""
-    token_s: NotNegative = 0.02
-    """Expected seconds per output token, before any is measured."""
 
 
 class BreakerPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -365,27 +352,8 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
 
 def backoff_s(failures: int, rng: Random, *, base_s: float = 0.25, longest_s: float = 8.0) -> float:
     """Seconds to wait after `failures` in a row: exponential, with full jitter."""
-    return rng.uniform(0.0, _longest_backoff_s(failures, base_s, longest_s))
-
-
-def _longest_backoff_s(failures: int, base_s: float = 0.25, longest_s: float = 8.0) -> float:
-    return min(longest_s, base_s * 2.0 ** min(failures - 1, 30)) if failures > 0 else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What one more attempt would take: a use, to be priced like any other."""
-
-    available: bool
-    """Whether any key may be used now."""
-    wait_s: float
-    """Expected seconds before it starts: backoff, retry-after, a breaker."""
-    seconds: float
-    """Expected seconds from now until the answer is complete, the wait included."""
-    cost_nano: Nano
-    """Expected cost."""
-    cap_nano: Nano
-    """The most it can cost: what to reserve."""
+    longest = min(longest_s, base_s * 2.0 ** min(failures - 1, 30)) if failures > 0 else 0.0
+    return rng.uniform(0.0, longest)
 
 
 # The provider.
@@ -413,23 +381,6 @@ class RouteHealth:
     in_flight: int
     failures_in_row: int
     wait_s: float
-
-
-@dataclass(slots=True)
-class _Pace:
-    """Seconds a model takes, smoothed over its answers."""
-
-    first_byte_s: float
-    token_s: float
-
-    def note(self, first_byte_s: float | None, seconds: float, usage: Usage | None) -> None:
-        """`first_byte_s` is None for an answer that came whole: it does not say when it began."""
-        if first_byte_s is not None:
-            self.first_byte_s += SMOOTHING * (first_byte_s - self.first_byte_s)
-        if usage is not None and usage.completion:
-            begun = self.first_byte_s if first_byte_s is None else first_byte_s
-            per_token = max(0.0, seconds - begun) / usage.completion
-            self.token_s += SMOOTHING * (per_token - self.token_s)
 
 
 _PATHS: dict[Spoken, dict[str, str]] = {
@@ -460,7 +411,6 @@ class Upstream:
         self.models = {served.name: served for served in settings.models}
         if not self.models:
             raise SettingsError("needs at least one model", key=f"upstreams.{self.name}.models")
-        self._pace = {name: _Pace(s.first_byte_s, s.token_s) for name, s in self.models.items()}
         self._keys = [*settings.keys, *(self._from(env, v) for v in settings.key_variables)]
         self._routes = self._make_routes()
         self._turn = 0
@@ -528,7 +478,8 @@ class Upstream:
     @property
     def up(self) -> bool:
         """Whether any key may be used, if only for a trial."""
-        return any(route.breaker.state != "open" for route in self._routes)
+        first, *others = self._routes  # the first is asked at every decision
+        return first.breaker.state != "open" or any(route.breaker.state != "open" for route in others)
 
     def health(self) -> list[RouteHealth]:
         """How each key at each region is doing."""
@@ -538,29 +489,6 @@ class Upstream:
             )
             for r in self._routes
         ]
-
-    def offer(
-        self, model: str, prompt: Usage, output_tokens: float, max_tokens: int, *, failure: Failure | None = None,
-        failures: int = 0,
-    ) -> Offer:  # fmt: skip
-        """What one more attempt at `model` would take.
-
-        `prompt` is the expected input by kind, `output_tokens` the expected output and `max_tokens` its cap. For a
-        retry at the same provider, give its last failure and how many there were in a row.
-        """
-        served, pace = self.served(model), self._pace[model]
-        open_for = min(route.breaker.wait_s for route in self._routes)
-        asked = (failure.retry_after_s if failure is not None else None) or 0.0
-        # Another key need not wait for the one that was limited.
-        wait = max(open_for, asked if len(self._routes) == 1 else 0.0, _longest_backoff_s(failures) / 2)
-        expected = msgspec.structs.replace(prompt, output=round(output_tokens))
-        return Offer(
-            available=any(route.breaker.passes for route in self._routes),
-            wait_s=wait,
-            seconds=wait + pace.first_byte_s + pace.token_s * output_tokens,
-            cost_nano=served.prices.cost_nano(expected),
-            cap_nano=served.prices.cap_nano(prompt.prompt, max_tokens),
-        )
 
     async def ask(
         self,
@@ -607,6 +535,8 @@ class Upstream:
 
     def _lease(self) -> _Lease:
         """The least busy key that may be used, turn by turn among equals."""
+        if len(self._routes) == 1 and self._routes[0].breaker.passes:
+            return _Lease(self, self._routes[0])
         self._turn = turn = (self._turn + 1) % len(self._routes)
         order = self._routes[turn:] + self._routes[:turn]
         passing = [route for route in order if route.breaker.passes]
@@ -654,10 +584,6 @@ class Upstream:
         """How the settings call a key."""
         of_variable = number - 1 - len(self.settings.keys)
         return f"key {number}" if of_variable < 0 else self.settings.key_variables[of_variable]
-
-    def note_pace(self, model: str, first_byte_s: float | None, seconds: float, usage: Usage | None) -> None:
-        """Learns from a complete answer what the next will take."""
-        self._pace[model].note(first_byte_s, seconds, usage)
 
 
 class _Lease:
@@ -770,8 +696,10 @@ class Answer:
         self._upstream, self._call, self._stamp = upstream, call, stamp
         self._response, self._lease, self._started = response, lease, started
         self._silent = True
-        self._chunks, self._early = aiter(response), b""
-        """Of a stream: what is still to come, and its first bytes."""
+        self._chunks: AsyncIterator[bytes]
+        """Of a stream: what is still to come."""
+        self._early = b""
+        """Of a stream: its first bytes."""
 
     @property
     def usage(self) -> Usage | None:
@@ -779,12 +707,6 @@ class Answer:
         if self.stream is not None:
             return self.stream.usage
         return self.reply.usage if self.reply is not None else None
-
-    @property
-    def cost_nano(self) -> Nano | None:
-        """What `usage` costs here."""
-        usage = self.usage
-        return None if usage is None else self._upstream.models[self.model].prices.cost_nano(usage)
 
     @property
     def finished(self) -> bool:
@@ -802,7 +724,7 @@ class Answer:
             self.reply = translate_reply(self._call, self._upstream.spoken, body, self._stamp)
         except ReplyError as error:
             raise self._lease.failed("garbled", str(error), charged=True) from error
-        self._complete()
+        self._lease.done()
 
     async def expect_events(self) -> Answer:
         """Wait for the first bytes of a stream."""
@@ -811,6 +733,7 @@ class Answer:
             raise self._lease.failed("garbled", "answered a stream with something else", charged=True)
         self._lease.proved()
         self.stream = Stream(self._call, self._upstream.spoken, self._stamp)
+        self._chunks = aiter(self._response)
         try:
             self._early = await anext(self._chunks, b"")
         except BaseException:
@@ -835,7 +758,7 @@ class Answer:
                     self._silent = False
                     self.first_byte_s = self._upstream.now() - self._started
                 if stream.finished:
-                    self._complete()
+                    self._lease.done()
                 if out:
                     begun = True
                     yield out
@@ -851,7 +774,7 @@ class Answer:
                 )  # fmt: skip
             if not stream.finished:
                 raise self._lease.failed("cut", "ended the stream before its end", charged=True, begun=begun)
-            self._complete()
+            self._lease.done()
             if last:
                 yield last
         except TransportError as error:
@@ -871,11 +794,6 @@ class Answer:
         """Ends the attempt; before the answer's end, the provider's work is cancelled."""
         self._lease.release()
         await self._response.aclose()
-
-    def _complete(self) -> None:
-        self._lease.done()
-        first = None if self.stream is None else self.first_byte_s
-        self._upstream.note_pace(self.model, first, self._upstream.now() - self._started, self.usage)
 
 
 async def _drain(chunks: AsyncIterator[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""An audit, an evaluation, a replay or a capacity plan as one self-contained HTML page: opens without a network, loads nothing, runs no script but its own two."""
+"""An audit, an evaluation, a replay, a capacity plan or a cleared economy as one self-contained HTML page: opens without a network, loads nothing, runs no script but its own two."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from plotly.offline import get_plotlyjs
 
 from walras.diagnosis.audit import Audit
 from walras.diagnosis.capacity import Capacity
+from walras.diagnosis.economy import View
 from walras.diagnosis.evaluate import Evaluation
 from walras.diagnosis.html.capacity import capacity_report
+from walras.diagnosis.html.economy import economy_report
 from walras.diagnosis.html.evaluation import evaluation_report
 from walras.diagnosis.html.sections import report
 from walras.diagnosis.html.serving import replay_report
@@ -67,6 +69,15 @@ def write_capacity(found: Capacity, path: Path) -> None:
         OutputError: the file cannot be written.
     """
     _write(_page(f"capacity for {found.traffic.name}", capacity_report(found)), path)
+
+
+def write_economy(views: list[View], path: Path) -> None:
+    """Write what `walras clear` found, whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    _write(_page(f"{', '.join(view.name for view in views)}, cleared", economy_report(views)), path)
 
 
 def _page(title: str, body: str) -> str:
