@@ -99,6 +99,29 @@ def test_published_economies_clear_as_they_are(
             assert min(np.abs(p - one["prices"]).max() for p in published) < 1e-8
 
 
+MARKET = """
+goods = ["prefill", "decode"]
+supply = { prefill = 10, decode = 5 }
+tenants = [
+    { name = "chat", budget = 10, utility = { kind = "linear", weights = { prefill = 1, decode = 3 } } },
+    { name = "search", budget = 10, utility = { kind = "ces", shares = { prefill = 3, decode = 1 }, elasticity = 2 } },
+    { name = "batch", budget = 5, utility = { kind = "leontief", shares = { prefill = 1, decode = 1 } } },
+]
+"""
+
+
+def test_a_market_of_budgets_is_shown_to_be_fair(tmp_path: Path) -> None:
+    """No envy, and nobody does worse than with its budget's share of everything (Varian 1974)."""
+    path, page = tmp_path / "market.toml", tmp_path / "page.html"
+    path.write_text(MARKET, encoding="utf-8")
+    (fair,) = walras("clear", str(path), "--json").data["fairness"]
+    assert max(fair["envy"]) < 1e-6
+    assert min(fair["over_budget_split"]) > 1 - 1e-6
+    shown = walras("clear", str(path), "--solver", "fisher", "--html", str(page))
+    assert "Is it fair?" in shown.out
+    assert "Is it fair?" in page.read_text(encoding="utf-8")
+
+
 def test_what_is_found_is_said_in_words(gateway: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     shown = walras("clear", str(gateway), "--html", str(page))

@@ -27,7 +27,7 @@ def clear(
         typer.Option("--all", help="Find every equilibrium at positive prices, with proof (up to 5 goods)"),
     ] = False,
     solver: Annotated[
-        Literal["auto", "newton", "homotopy", "tatonnement"], typer.Option(help="How to find one")
+        Literal["auto", "newton", "homotopy", "tatonnement", "fisher"], typer.Option(help="How to find one")
     ] = "auto",
     work: Annotated[int, typer.Option(help="Of --all: boxes of prices to look at, at most", min=1)] = 500_000,
     json: Annotated[bool, typer.Option("--json", help="Print plain data instead of tables")] = False,

@@ -17,7 +17,9 @@ from walras.errors import WalrasError
 from walras.market.tenants.all_equilibria import Enclosed, all_equilibria
 from walras.market.tenants.certificate import Certificate, certify
 from walras.market.tenants.economy import Economy, Tenant
-from walras.market.tenants.solve import Equilibrium, Solver, clear
+from walras.market.tenants.fairness import Envy, Shares, envy, shares
+from walras.market.tenants.fisher import solve as solve_fisher
+from walras.market.tenants.solve import Equilibrium, Solver, clear, fisher_market, is_fisher
 from walras.risk import FloatArray
 
 MORE = 1e-6
@@ -26,6 +28,14 @@ PAIRS = 24
 """Tenants up to which each is taken out in turn."""
 ROWS = 12
 """Rows of a table on a screen; --json has all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fairness:
+    """What tenants with budgets alone have, beside what other rules would give them."""
+
+    shares: Shares
+    envy: Envy
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +53,8 @@ class View:
     costs: FloatArray | None
     """(N, N) what the presence of the row's tenant costs the column's, equivalent variation at the first equilibrium; below 0 it
     gains. NaN on the diagonal and where the market cannot do without. None: too many tenants."""
+    fairness: Fairness | None
+    """None: not a market of budgets spent on a supply."""
 
     @property
     def in_usd(self) -> bool:
@@ -76,14 +88,22 @@ def view(
         on_step(f"clearing {name}")
         found = [clear(economy, solver=solver)]
     n_goods, n_tenants = len(economy.goods), len(economy.tenants)
-    brings, costs = np.full((n_goods, n_tenants), np.nan), None
+    brings, costs, fairness = np.full((n_goods, n_tenants), np.nan), None, None
     if found:
         on_step(f"{name}: what a unit more would bring")
         brings = _brings(economy, found[0])
         if n_tenants <= PAIRS:
             on_step(f"{name}: who pays for whom")
             costs = _costs(economy, found[0])
-    return View(name, economy, found, enclosed, brings, costs)
+        if not economy.n_activities and is_fisher(economy):
+            fairness = _fairness(economy)
+    return View(name, economy, found, enclosed, brings, costs, fairness)
+
+
+def _fairness(economy: Economy) -> Fairness:
+    market = fisher_market(economy)
+    cleared = solve_fisher(market)
+    return Fairness(shares(market, cleared), envy(market, cleared))
 
 
 def _proved(economy: Economy, enclosed: Enclosed, k: int) -> Equilibrium:
@@ -169,6 +189,7 @@ def economy_data(views: list[View]) -> dict[str, Any]:
         "evaluations": sum(_evaluations(view) for view in views),
         "one_unit_more": [{"economy": view.name, **_brings_data(view)} for view in views],
         "who_pays_for_whom": [{"economy": view.name, "costs": view.costs} for view in views],
+        "fairness": [_fairness_data(view) for view in views],
     }
     plain: dict[str, Any] = _plain(data)
     return plain
@@ -202,6 +223,20 @@ def _brings_data(view: View) -> dict[str, Any]:
             for good, row in zip(view.economy.goods, view.brings, strict=True)
         },
         "by_good_and_tenant": view.brings,
+    }
+
+
+def _fairness_data(view: View) -> dict[str, Any]:
+    """By tenant; relative to what the other rule would give it."""
+    if view.fairness is None:
+        return {"economy": view.name}
+    found = view.fairness.shares
+    keys = ("utility", "of_all", "over_equal_split", "over_budget_split", "over_one_price", "one_price")
+    return {
+        "economy": view.name,
+        **{key: getattr(found, key) for key in keys},
+        "envy": view.fairness.envy.gain,
+        "envies": view.fairness.envy.whom,
     }
 
 
@@ -361,6 +396,39 @@ def tenant_rows(view: View) -> list[tuple[str, ...]]:
     ]
 
 
+FAIR_HEAD = (
+    "tenant",
+    "of all there is",
+    "over an equal split",
+    "over its budget’s share",
+    "over one queue",
+    "envy",
+)
+
+
+def fair_rows(view: View) -> list[tuple[str, ...]]:
+    """Utility beside what other rules would give: 1.2× is a fifth more."""
+    if view.fairness is None:
+        return []
+    found = view.fairness.shares
+    columns = (found.over_equal_split, found.over_budget_split, found.over_one_price)
+    return [
+        (
+            tenant.name,
+            percent(float(found.of_all[i])),
+            *(f"{number(float(column[i]))}×" for column in columns),
+            percent(_envy(float(view.fairness.envy.gain[i]))),
+        )
+        for i, tenant in enumerate(view.economy.tenants)
+        if tenant.budget
+    ]
+
+
+def _envy(gain: float) -> float:
+    """0 for what is round-off."""
+    return gain if gain > 1e-9 else 0.0
+
+
 def _total(costs: FloatArray) -> FloatArray:
     """(N,) over the others; NaN where none is known."""
     known = np.isfinite(costs).any(axis=1)
@@ -395,6 +463,8 @@ def _screen(view: View) -> list[RenderableType]:
     parts.append(
         table("What each takes on top of what it owns", tenant_head(view), _shown(tenant_rows(view)))
     )
+    if view.fairness is not None:
+        parts.append(table("Is it fair? Utility beside other rules", FAIR_HEAD, _shown(fair_rows(view))))
     if view.economy.n_activities:
         levels = [
             (name, *(number(float(found.activities[a])) for found in view.found))

@@ -7,8 +7,10 @@ from importlib.metadata import version
 import numpy as np
 
 from walras.diagnosis.economy import (
+    FAIR_HEAD,
     View,
     certificate_text,
+    fair_rows,
     headline,
     in_words,
     money,
@@ -47,6 +49,14 @@ def _one(view: View) -> str:
     parts.append(section("What each tenant takes", said + takes))
     if view.costs is not None and len(view.economy.tenants) > 1:
         parts.append(section("Who pays for whom", _pairs(view), "[OP-6]"))
+    if view.fairness is not None:
+        said = (
+            "<p>Each tenant’s own utility beside what another rule would give it: 1/N of everything, its budget’s share of everything, or one "
+            "queue with admission in which all goods have one price. Envy is what it would gain by another’s bundle, scaled to its own "
+            "budget.</p>"
+        )
+        fair = table(FAIR_HEAD, [tuple(map(esc, row)) for row in fair_rows(view)])
+        parts.append(section("Is it fair?", said + fair))
     if view.economy.n_activities:
         head = ("", *price_head(view)[1 : 1 + len(view.found)])
         levels = [

@@ -186,7 +186,12 @@ def _tatonnement(
     return point, "Tâtonnement: sure to converge where all goods are gross substitutes, and only there."
 
 
-def _fisher(economy: Economy, start: FloatArray | None, tolerance: float) -> Equilibrium:
+def fisher_market(economy: Economy) -> FisherMarket:
+    """The same economy as columns.
+
+    Raises:
+        SettingsError: it is no Fisher market.
+    """
     if not is_fisher(economy):
         raise SettingsError(
             "this is no Fisher market: tenants with budgets alone and homothetic utilities, no activities",
@@ -194,7 +199,7 @@ def _fisher(economy: Economy, start: FloatArray | None, tolerance: float) -> Equ
             hint="use auto",
         )
     utilities = [t.utility for t in economy.tenants]
-    market = FisherMarket(
+    return FisherMarket(
         np.array([t.budget for t in economy.tenants]),
         np.array([u.weights for u in utilities if isinstance(u, Linear | CES)]),
         economy.supply,
@@ -202,7 +207,10 @@ def _fisher(economy: Economy, start: FloatArray | None, tolerance: float) -> Equ
         goods=economy.goods,
         tenants=tuple(t.name for t in economy.tenants),
     )
-    found = solve_fisher(market, tolerance=max(tolerance, AT_SCALE), start=start)
+
+
+def _fisher(economy: Economy, start: FloatArray | None, tolerance: float) -> Equilibrium:
+    found = solve_fisher(fisher_market(economy), tolerance=max(tolerance, AT_SCALE), start=start)
     p, y = found.prices / found.prices.sum(), np.zeros(0)
     certificate = certify(economy, p, y, found.allocation)
     why = f"{structure(economy)} {found.solver}."
