@@ -6,11 +6,14 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import clarabel
 import numpy as np
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 from scipy.optimize import minimize
 
 from economies import SEEDS
@@ -298,3 +301,43 @@ def test_what_is_not_reached_is_not_claimed() -> None:
     assert caught.value.certificate.worst > 1e-9
     with pytest.raises(QuantityError, match="elasticity above 1"):
         proportional_response(market(5, "Leontief"))
+
+
+@pytest.mark.parametrize("elasticity", [np.inf, 3.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_clarabel_finds_the_same_prices(elasticity: float, seed: int) -> None:
+    """Another road: Eisenberg and Gale's conic programme, max Σ B·log u(x), whose multipliers of the supply are the prices."""
+    rng, n, g = np.random.default_rng(seed), 6, 3
+    budgets, weights, supply = rng.uniform(1, 3, n), rng.uniform(0.2, 1, (n, g)), rng.uniform(1, 4, g)
+    found = solve(FisherMarket(budgets, weights, supply, np.array([elasticity])), tolerance=1e-9)
+    assert eisenberg_gale(budgets, weights, supply, elasticity) == pytest.approx(found.prices, rel=1e-4)
+
+
+def eisenberg_gale(budgets: Any, weights: Any, supply: Any, elasticity: float) -> Any:
+    """(G,) for σ > 1. Variables x (N·G), r ≤ x^ρ (N·G) and t ≤ log Σ α·r (N); ρ = 1 − 1/σ, α = weights^(1/σ), and u = (Σ α·x^ρ)^(1/ρ). For σ = ∞ the α are the weights."""
+    (n, g), power = weights.shape, 1 - 1 / elasticity
+    share, eye = weights if power == 1 else weights ** (1 - power), np.eye(n * g)
+    none, one = np.zeros((n * g, n * g)), np.zeros((n * g, n))
+    x, r, t = np.hstack([eye, none, one]), np.hstack([none, eye, one]), np.eye(n, 2 * n * g + n, 2 * n * g)
+    sold = np.tile(np.eye(g), n) @ x
+    powers = [row for k in range(n * g) for row in (-x[k], 0 * x[k], -r[k])]
+    logs = [row for i in range(n) for row in (-t[i], 0 * t[i], -(share[i] @ r[i * g : (i + 1) * g]))]
+    ones = np.tile([0.0, 1.0, 0.0], n * g + n)
+    cones = [clarabel.NonnegativeConeT(g)]
+    if power < 1:
+        cones += [clarabel.PowerConeT(power)] * (n * g)
+    else:  # r = x ≥ 0
+        powers, ones = [*(r - x), *(-x)], np.concatenate([np.zeros(2 * n * g), ones[: 3 * n]])
+        cones += [clarabel.ZeroConeT(n * g), clarabel.NonnegativeConeT(n * g)]
+    cones += [clarabel.ExponentialConeT()] * n
+    quiet = clarabel.DefaultSettings()
+    quiet.verbose = False
+    solver = clarabel.DefaultSolver(
+        sparse.csc_matrix((2 * n * g + n, 2 * n * g + n)),
+        -(budgets @ t) / power,
+        sparse.csc_matrix(np.vstack([sold, *powers, *logs])),
+        np.concatenate([supply, ones]),
+        cones,
+        quiet,
+    )
+    return np.array(solver.solve().z[:g])
