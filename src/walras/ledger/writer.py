@@ -22,9 +22,8 @@ Durable = Literal["journal", "normal", "full"]
 """When a record is acknowledged; see the stores."""
 MOST = 1024
 """Records at which a transaction takes no more: that would gain nothing and make the first ones wait."""
-GATHER_S = 0.1
-"""Seconds for which records that nobody waits for are gathered: a few large transactions touch fewer pages, and hand
-Python's lock to and fro less often."""
+GATHER_S = 0.005
+"""Seconds for which records that nobody waits for are gathered."""
 PROBE_S = 0.25
 """Seconds between tries to write while writing fails and nobody asks for it."""
 FLUSH_S = 1.0
