@@ -21,6 +21,14 @@ Our own:
     delta = { gpu = 0.6, prefill = 0.4 }
     elasticity = 0.5
 
+    [[engines]]                                # the corners of a serving engine's frontier, one worker for a second
+    name = "h100"
+    profile = "h100-qwen3-32b-tp8"             # of `walras profiles`
+    input = "gpu"                              # a unit is one worker
+    prefill = "prefill"                        # tokens a second
+    decode = "decode"
+    context = 2000                             # KV tokens of a decoding sequence
+
 Utilities: "ces" (shares, elasticity, and if need be subsistence), "cobb-douglas" (shares), "leontief" (shares: units used
 together), "linear" (weights), "quasi-linear" (sum, like "gpu - (1/8) decode^(-8)"). Amounts go by the names of goods, or as a
 list of one number a good. Every error names file and field.
@@ -37,8 +45,11 @@ from typing import Any
 
 import numpy as np
 
+from walras.engine.profiles import load_profile
+from walras.engine.settings import EngineSettings
 from walras.errors import QuantityError, RecordError, SettingsError, WalrasError, nearest
 from walras.market.tenants.economy import Economy, Sector, Tenant
+from walras.market.tenants.frontier import engine_frontier
 from walras.market.tenants.utility import CES, Linear, QuasiLinear, Utility
 from walras.risk import FloatArray
 
@@ -176,12 +187,14 @@ def _number(fields: _Fields, key: str, value: object) -> float:
 
 
 def _tenants(top: _Fields) -> Iterator[tuple[str, Economy]]:
-    top.only("kind", "name", "goods", "supply", "tenants", "activities", "sectors")
+    top.only("kind", "name", "goods", "supply", "tenants", "activities", "engines", "sectors")
     goods = top.names("goods", "good")
     tenants = tuple(_tenant(row, goods) for row in top.rows("tenants"))
     activities = [
         (_only(row, "name", "net").text("name"), row.amounts("net", goods)) for row in top.rows("activities")
     ]
+    for row in top.rows("engines"):
+        activities += _engine(row, goods)
     columns = np.array([net for _, net in activities]).reshape(-1, len(goods)).T
     yield (
         _name(top),
@@ -235,6 +248,33 @@ def _sum(row: _Fields, key: str, goods: tuple[str, ...]) -> QuasiLinear:
         return QuasiLinear.parse(row.text(key), goods)
     except WalrasError as error:
         raise row.wrong(key, str(error)) from error
+
+
+def _engine(row: _Fields, goods: tuple[str, ...]) -> Iterator[tuple[str, FloatArray]]:
+    """One activity for each corner of the frontier."""
+    row.only("name", "profile", "input", "prefill", "decode", "context")
+    name, named = row.text("name"), [row.text(key) for key in ("input", "prefill", "decode")]
+    for key, good in zip(("input", "prefill", "decode"), named, strict=True):
+        if good not in goods:
+            raise row.wrong(key, f"'{good}' is not a good", nearest(good, goods))
+    try:
+        profile = load_profile(row.text("profile"))
+        limits = profile.limits
+        settings = EngineSettings(
+            kv_blocks=limits.kv_tokens,
+            block_tokens=1,
+            max_batched_tokens=limits.step_tokens,
+            max_sequences=limits.most_sequences,
+        )
+        steps = profile.steps(settings.max_batched_tokens, settings.max_sequences)
+        corners = engine_frontier(settings, steps, row.number("context"))
+    except (QuantityError, SettingsError) as error:
+        raise row.wrong("profile", str(error)) from error
+    for k, (prefill, decode) in enumerate(corners.tolist()):
+        net = np.zeros(len(goods))
+        for good, amount in zip(named, (-1.0, prefill, decode), strict=True):
+            net[goods.index(good)] += amount
+        yield f"{name} {k + 1}", net
 
 
 def _sector(row: _Fields, goods: tuple[str, ...]) -> Sector:
