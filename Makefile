@@ -50,7 +50,7 @@ demo: $(STAMP) ## audit a sample log, learn a router and a menu from it, serve s
 	@$(BIN)/python examples/service.py demo/service
 	@echo "The report: $(CURDIR)/demo/report.html"
 
-test: $(STAMP) ## run the tests (make test ARGS="-m 'not big' -k regret")
+test: $(STAMP) ## run the tests (make test ARGS="-k regret"; ARGS="-m big": the long ones)
 	@$(BIN)/pytest -n auto --dist loadfile $(ARGS)
 
 check: $(STAMP) ## format, lint, types, import order; changes nothing
