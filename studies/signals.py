@@ -26,7 +26,7 @@ from two_layers.policies import charge
 from two_layers.report import PAGE, read, section
 from two_layers.world import Coupling, FloatArray, Plant, Window, busy_s, plant, window
 from walras.supply.damping import Turns, nowcast, shares, stay, temperature
-from walras.supply.resource_prices import CALIBRATION, EngineModel
+from walras.supply.resource_prices import EngineModel
 from walras.supply.state import EngineState
 
 DELAYS_S, NOISES = (0.0, 0.1, 1.0, 5.0, 30.0), (0.0, 0.25, 0.5, 1.0)
@@ -100,7 +100,7 @@ def slope_of(stream: Window, n: int, models: list[EngineModel]) -> float:
     """g: by how much one mean request more in line raises a cost, in the mean over engines, USD."""
     price = float(stream.delay_price[: n + 1].mean())
     line = np.array([model.request_s for model in models])
-    per_request = [model.state.arrivals_per_s * model.request_s / model.idle(CALIBRATION) for model in models]
+    per_request = [model.state.arrivals_per_s * model.request_s / model.idle for model in models]
     return float(np.mean(line * (stream.delay_price[n] + price * np.array(per_request))))
 
 

@@ -18,7 +18,15 @@ from walras.engine.replay import Replay
 from walras.engine.requests import Requests
 from walras.engine.settings import Disaggregation, EngineSettings
 from walras.errors import QuantityError
-from walras.supply.resource_prices import Amounts, amounts_of, expected_amounts, live_prices, quote
+from walras.supply.resource_prices import (
+    CALIBRATION,
+    Amounts,
+    EngineModel,
+    amounts_of,
+    expected_amounts,
+    live_prices,
+    quote,
+)
 from walras.supply.state import EngineState, state_of
 
 PROFILE = load_profile("rtxpro6000-llama3.1-8b")
@@ -73,6 +81,29 @@ def test_a_quote_rises_with_all_that_makes_an_engine_busy(
     assert cost(loaded(running, waiting + 1, kv_use, rate)) >= base * (1 - 1e-9)
     assert cost(loaded(min(128, running * 2), waiting, kv_use, rate)) >= base * (1 - 1e-9)
     assert cost(loaded(running, waiting, kv_use, rate * more)) >= base * (1 - 1e-9)
+
+
+@given(st.integers(1, 100), st.floats(0.01, 0.9))
+def test_a_delay_of_the_running_goes_on_to_those_who_come(running: int, load: float) -> None:
+    steps = flat_steps(2048, 128, 0.01, 4e-5)
+    one = EngineModel.of(loaded(running, 0, 0.1, 1.0), SETTINGS, steps)
+    state = loaded(running, 0, 0.1, load / one.utilisation)
+    assert EngineModel.of(state, SETTINGS, steps).utilisation == pytest.approx(load)
+    prices = live_prices(state, SETTINGS, steps, 1.0)
+    # A token lengthens one step of all: each is 4e-5 s later, and 1 / (1 − load) times that in all, as in any work-conserving line.
+    assert prices.prefill_token == pytest.approx(running * 4e-5 / (1 - load))
+
+
+def test_a_line_without_end_is_cut_by_the_horizon_and_never_cheaper() -> None:
+    steps = flat_steps(2048, 128, 0.01, 4e-5)
+    found = []
+    for waiting in (10, 100, 1000, 10**4, 10**6):
+        model = EngineModel.of(loaded(20, waiting, 0.1, 50.0), SETTINGS, steps)
+        assert model.idle == 0.05
+        found.append(model.behind(CALIBRATION, 300.0))
+        assert found[-1] <= CALIBRATION.lull * 300.0 / model.request_s
+    assert found == sorted(found)
+    assert found[-1] == pytest.approx(CALIBRATION.lull * 300.0 / model.request_s)
 
 
 def test_full_memory_has_a_price_of_its_own() -> None:

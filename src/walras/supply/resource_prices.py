@@ -24,22 +24,18 @@ FloatArray = NDArray[np.float64]
 class Calibration:
     """Pure numbers that the model leaves open, fitted on the first half of two traces: benchmarks/bench_externality.py --calibrate."""
 
-    crowding: float = 1.73
-    """Utilisation at which the line stops emptying is 1 / this: what uneven batches and prompts take of the capacity."""
-    least_idle: float = 0.37
-    """Share of the time that counts as idle at most load: busy periods end, at the latest with a lull."""
-    behind: float = 2.25
-    """Requests that find a line, over those of even arrivals: they come in bursts."""
-    lull: float = 0.38
-    """Longest line that is still counted, as a share of the horizon."""
-    in_turn: float = 3.4
-    """Power of 1 / idle with which those who come while a prompt is computed delay others in turn."""
+    behind: float = 1.59
+    """Requests that find a line, over those of a fluid: it is longer than its requests by what is left of a prompt at work."""
+    lull: float = 0.285
+    """Longest line that is still counted, as a share of the horizon: it ends in a lull."""
 
 
 CALIBRATION = Calibration()
 RELATIVE_ERROR = 0.29
 _FULL = 0.9
 """Memory is full where one prompt more would use this share of it: what waits rarely fits to the block."""
+_LEAST_IDLE = 0.05
+"""Share of the time that counts as idle at most load. Not fitted: loads above 0.95 were not measured."""
 _SHORTEST_S = 1e-9
 """A step that takes no time at all would make rates infinite."""
 
@@ -112,7 +108,7 @@ def amounts_of(
     apart = settings.disaggregation
     moved = apart.bytes_per_token * prompt_tokens if apart is not None and output_tokens > 1 else 0.0
     pairs = new * (cached_tokens + 0.5 * (new + 1))
-    return Amounts(new, max(0.0, output_tokens - 1), held / block, moved, pairs)
+    return Amounts(new, np.maximum(0.0, output_tokens - 1), held / block, moved, pairs)
 
 
 def expected_amounts(
@@ -174,8 +170,6 @@ class EngineModel:
     """Sequences that run on average at these rates."""
     elasticity: float
     """Of the tokens emitted a second by the sequences running: 1 where steps are as long whatever the batch."""
-    leaving_per_s: float
-    """Share of the running that leaves in a second."""
     utilisation: float
     """Share of its capacity that arrivals of mean size take, coming evenly."""
     request_s: float
@@ -227,7 +221,6 @@ class EngineModel:
             settings=settings,
             usual=usual,
             elasticity=elasticity,
-            leaving_per_s=float(np.interp(batch, fluid.k, fluid.rate)) / (batch * fluid.answer),
             utilisation=arrivals * fluid.request_s,
             request_s=fluid.request_s if full or slots else prompt * (line + pairs_s),
             prefill_s=slope,
@@ -240,29 +233,24 @@ class EngineModel:
             token_s=busy * mixed + (1 - busy) * alone,
         )
 
-    def idle(self, of: Calibration) -> float:
-        """Share of its capacity that arrivals leave."""
-        return of.least_idle + (1 - of.least_idle) * max(0.0, 1 - of.crowding * self.utilisation)
-
-    def multiplier(self, of: Calibration, horizon_s: float) -> float:
-        """What a delay of the running costs in all, over what it costs them: it holds up those who come, too."""
-        grown = -np.expm1(-self.elasticity * self.leaving_per_s * horizon_s) / self.elasticity
-        return float(min(grown, 1 / self.idle(of)))
+    @property
+    def idle(self) -> float:
+        """Share of its capacity that arrivals leave. A second's delay costs 1 / idle seconds: those who come meanwhile are delayed, too."""
+        return max(_LEAST_IDLE, 1 - self.utilisation)
 
     def behind(self, of: Calibration, horizon_s: float) -> float:
         """Requests that come while there is a line, and so wait for a second of work that is put at its end now."""
-        ahead_s = self.state.waiting * self.request_s
-        longest = of.lull * horizon_s
-        line_s = -longest * np.expm1(-ahead_s / (self.idle(of) * longest))
-        return float(self.state.arrivals_per_s * of.behind * line_s)
+        ahead_s = of.behind * self.state.waiting * self.request_s
+        most = of.lull * horizon_s / max(self.request_s, _SHORTEST_S)  # that can be served meanwhile
+        return float(-most * np.expm1(-self.state.arrivals_per_s * ahead_s / (self.idle * most)))
 
     def prices(self, delay_price: float, horizon_s: float, of: Calibration) -> ResourcePrices:
         """As `live_prices`."""
-        state, behind, multiplier = self.state, self.behind(of, horizon_s), self.multiplier(of, horizon_s)
+        state, behind, multiplier = self.state, self.behind(of, horizon_s), 1 / self.idle
         # While an answer is given, the batch of now goes over into the usual one.
         stays = -np.expm1(-self.elasticity) / self.elasticity
         beside = self.usual + stays * (state.running - self.usual)
-        link, link_why = _link(state, self.settings, of.least_idle)
+        link, link_why = _link(state, self.settings)
         present, decoding = delay_price * state.running * multiplier, delay_price * beside * multiplier
         rest = delay_price * behind
         return ResourcePrices(
@@ -280,7 +268,7 @@ class EngineModel:
             attention_pair=(present + rest) * self.pair_s,
             line_token_s=self.line_token_s,
             line_pair_s=self.pair_s,
-            line_s2=delay_price * state.arrivals_per_s / (2 * self.idle(of) ** of.in_turn),
+            line_s2=delay_price * of.behind * state.arrivals_per_s * multiplier / 2,
         )
 
 
@@ -294,8 +282,6 @@ class _Fluid:
     """Attention pairs of a new token."""
     context: float
     """KV tokens of a sequence."""
-    answer: float
-    """Tokens of it, ≥ 1."""
     chunk: int
     """New tokens of a step that has some."""
     k: FloatArray
@@ -312,7 +298,7 @@ class _Fluid:
         answer, pairs = max(1.0, state.mean_output_tokens), state.mean_prompt_tokens / 2
         chunk = int(min(max(prompt, 1.0), budget))
         k = np.arange(most + 1, dtype=np.float64)
-        bare = cls(steps, settings, pairs, context, answer, chunk, k, k, 0.0)
+        bare = cls(steps, settings, pairs, context, chunk, k, k, 0.0)
         kv = np.minimum(k * context, memory)
         mixed, alone = (bare.steps_s(kv, new) for new in (chunk, 0))
         busy = np.minimum(1.0, state.prompt_tokens_per_s / chunk * mixed)
@@ -321,7 +307,7 @@ class _Fluid:
         steps_of = prompt / budget
         request_s = steps_of * float(bare.steps_s(kv, budget)[batch])
         request_s += max(0.0, answer / bare.emitted / batch - steps_of) * float(alone[batch])
-        return cls(steps, settings, pairs, context, answer, chunk, k, rate, request_s)
+        return cls(steps, settings, pairs, context, chunk, k, rate, request_s)
 
     @property
     def emitted(self) -> float:
@@ -347,11 +333,11 @@ class _Fluid:
         return float(self.steps_s(np.full(n + 1, kv), new)[n])
 
 
-def _link(state: EngineState, settings: EngineSettings, least_idle: float) -> tuple[float, str]:
+def _link(state: EngineState, settings: EngineSettings) -> tuple[float, str]:
     """Seconds of others' delay per byte on the link of a prefilling worker, as an M/D/1 queue, and why."""
     apart = settings.disaggregation
     if apart is None:
         return 0.0, "nothing is transferred"
     transfer_s = apart.setup_s + apart.bytes_per_token * state.mean_prompt_tokens / apart.bandwidth
-    busy = min(state.arrivals_per_s * transfer_s, 1 - least_idle)
+    busy = min(state.arrivals_per_s * transfer_s, 1 - _LEAST_IDLE)
     return busy / (2 * (1 - busy) ** 2) / apart.bandwidth, f"the link is {busy:.0%} busy"
