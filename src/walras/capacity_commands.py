@@ -16,7 +16,21 @@ from walras.diagnosis.contract import to_json
 from walras.diagnosis.serving import warm_up
 from walras.engine.settings import Disaggregation
 from walras.errors import SettingsError
-from walras.replay_commands import Generate, Json, LengthsOf, RoutingName, Trace, named_traffic
+from walras.replay_commands import (
+    Generate,
+    Json,
+    KvBytes,
+    Lambda0,
+    LengthsOf,
+    OfModel,
+    ProfileName,
+    Rate,
+    RoutingName,
+    SessionEvery,
+    SettingsFile,
+    Trace,
+    named_traffic,
+)
 from walras.replay_options import (
     ACCEPTANCE,
     BLOCK_TOKENS,
@@ -28,7 +42,7 @@ from walras.replay_options import (
     EngineOptions,
     read_engine,
 )
-from walras.settings import Economy, load_economy
+from walras.settings import load_economy
 from walras.supply.capacity import Shop
 
 UNIT_TOKENS, UNIT_BYTES_PER_S = 65_536, 12.5e9
@@ -43,14 +57,10 @@ def capacity(
     generate: Generate = None,
     lengths: LengthsOf = None,
     requests: Annotated[int, typer.Option(help="Of the trace, so many from the first", min=40)] = REQUESTS,
-    rate: Annotated[float, typer.Option(help="Let requests arrive so many times as fast")] = 1.0,
-    model: Annotated[str | None, typer.Option(help="Of a log: the model whose rows are meant")] = None,
-    session_every: Annotated[
-        float, typer.Option(help="Of a trace of sessions: seconds between their starts", min=0)
-    ] = 60.0,
-    profile: Annotated[
-        str, typer.Option(help="Step times: a name from `walras profiles`, or a file of measured steps")
-    ] = PROFILE,
+    rate: Rate = 1.0,
+    model: OfModel = None,
+    session_every: SessionEvery = 60.0,
+    profile: ProfileName = PROFILE,
     kind: Annotated[
         Literal["both", "together", "apart"],
         typer.Option(help="Prefill and decoding on the same workers, on workers of their own, or the faster"),
@@ -71,13 +81,9 @@ def capacity(
         float | None,
         typer.Option(help="A unit of a link; where links are not for sale, its bandwidth", min=1),
     ] = None,
-    kv_bytes: Annotated[
-        float, typer.Option(help="KV bytes per token that go from prefill to decode", min=0)
-    ] = KV_BYTES,
-    settings: Annotated[
-        Path | None, typer.Option(help="Settings file, economy.toml: λ₀ puts delay in USD")
-    ] = None,
-    lambda0: Annotated[float | None, typer.Option(help=Economy.model_fields["lambda0"].description)] = None,
+    kv_bytes: KvBytes = KV_BYTES,
+    settings: SettingsFile = None,
+    lambda0: Lambda0 = None,
     seed: Annotated[int, typer.Option(help="Seed of generated load", min=0)] = 0,
     json: Json = False,
     html: Annotated[Path | None, typer.Option(help="Also write a self-contained HTML report")] = None,

@@ -85,6 +85,17 @@ ScheduleName = Annotated[
     Order,
     typer.Option(help="Who goes first in line: priced is by delay saved for what it takes, at live prices"),
 ]
+Rate = Annotated[float, typer.Option(help="Let requests arrive so many times as fast")]
+OfModel = Annotated[str | None, typer.Option(help="Of a log: the model whose rows are meant")]
+SessionEvery = Annotated[
+    float, typer.Option(help="Of a trace of sessions: seconds between their starts", min=0)
+]
+ProfileName = Annotated[
+    str, typer.Option(help="Step times: a name from `walras profiles`, or a file of measured steps")
+]
+KvBytes = Annotated[float, typer.Option(help="KV bytes per token that go from prefill to decode", min=0)]
+SettingsFile = Annotated[Path | None, typer.Option(help="Settings file, economy.toml: λ₀ puts prices in USD")]
+Lambda0 = Annotated[float | None, typer.Option(help=Economy.model_fields["lambda0"].description)]
 Json = Annotated[bool, typer.Option("--json", help="Print plain data instead of tables")]
 Table = Annotated[
     Path | None, typer.Option("--output", "-o", help="Also write a row for each request: .parquet or .csv")
@@ -101,14 +112,10 @@ def replay(
     requests: Annotated[
         int | None, typer.Option(help=f"Only so many, from the first (of --generate {REQUESTS:,})", min=1)
     ] = None,
-    rate: Annotated[float, typer.Option(help="Let requests arrive so many times as fast")] = 1.0,
-    model: Annotated[str | None, typer.Option(help="Of a log: the model whose rows are meant")] = None,
-    session_every: Annotated[
-        float, typer.Option(help="Of a trace of sessions: seconds between their starts", min=0)
-    ] = 60.0,
-    profile: Annotated[
-        str, typer.Option(help="Step times: a name from `walras profiles`, or a file of measured steps")
-    ] = PROFILE,
+    rate: Rate = 1.0,
+    model: OfModel = None,
+    session_every: SessionEvery = 60.0,
+    profile: ProfileName = PROFILE,
     workers: Annotated[int | None, typer.Option(help="Replicas, all alike (1)", min=1)] = None,
     prefill_workers: Annotated[int | None, typer.Option(help="Replicas that only prefill", min=1)] = None,
     decode_workers: Annotated[int | None, typer.Option(help="Replicas that only decode", min=1)] = None,
@@ -134,9 +141,7 @@ def replay(
     prefix_caching: Annotated[
         bool, typer.Option(help="Keep prompts in memory for those that begin alike")
     ] = True,
-    kv_bytes: Annotated[
-        float, typer.Option(help="KV bytes per token that go from prefill to decode", min=0)
-    ] = KV_BYTES,
+    kv_bytes: KvBytes = KV_BYTES,
     link_bytes_per_s: Annotated[
         float, typer.Option(help="Bytes per second of a prefilling replica's link", min=1)
     ] = LINK_BYTES_PER_S,
@@ -149,10 +154,8 @@ def replay(
     draft_cost: Annotated[
         float, typer.Option(help="Seconds to draft a token, per second of a step", min=0)
     ] = DRAFT_COST,
-    settings: Annotated[
-        Path | None, typer.Option(help="Settings file, economy.toml: λ₀ puts prices in USD")
-    ] = None,
-    lambda0: Annotated[float | None, typer.Option(help=Economy.model_fields["lambda0"].description)] = None,
+    settings: SettingsFile = None,
+    lambda0: Lambda0 = None,
     probes: Annotated[
         int, typer.Option(help="Times at which resources are priced; 0: not at all", min=0)
     ] = 64,
