@@ -42,6 +42,7 @@ def times(**changes: object) -> StepTimes:
         "decode_kv_s": np.array([0.0, 0.1, 0.1, 0.2]),
         "prefill_pair_s": 0.01,
     }
+    # Numbers and arrays by name: which is which is for StepTimes to check, and what some tests are about.
     return StepTimes(**(columns | changes))  # type: ignore[arg-type]
 
 

@@ -64,6 +64,7 @@ def _families(text: str, content_type: str) -> Iterable[Metric]:
     """OpenMetrics is parsed whole, as it must be. Of the older format only what is read: most lines of a page are buckets, and the
     parser is slow."""
     if "openmetrics" in content_type:
+        # prometheus-client declares no types here.
         whole: Iterable[Metric] = openmetrics_parser.text_string_to_metric_families(text)  # type: ignore[no-untyped-call]
         return whole
     wanted = (line for line in text.split("\n") if line[:1] != "#" and "_bucket{" not in line)
