@@ -24,7 +24,7 @@ def clear(
     ],
     every: Annotated[
         bool,
-        typer.Option("--all", help="Find every equilibrium at positive prices, with proof (up to 5 goods)"),
+        typer.Option("--all", help="Find every equilibrium at positive prices, with proof (up to 6 goods)"),
     ] = False,
     solver: Annotated[
         Literal["auto", "newton", "homotopy", "tatonnement", "fisher"], typer.Option(help="How to find one")
